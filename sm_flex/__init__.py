@@ -1,0 +1,26 @@
+"""StableMask (Yin et al., ICML 2024) for every attention entry point that PyTorch has.
+
+    from sm_flex import flex_attention, headwise_gamma, stablemask
+    out = flex_attention(q, k, v, score_mod=stablemask(headwise_gamma(num_heads), length=2048))
+
+Three drop-ins (flex_attention, scaled_dot_product_attention, varlen_attn), the request they take (stablemask), and the
+pieces for kernels of your own (remask, log_mass, headwise_gamma).
+"""
+
+from sm_flex._version import __version__ as __version__
+from sm_flex.attention import flex_attention, scaled_dot_product_attention, varlen_attn
+from sm_flex.mass import headwise_gamma, log_mass
+from sm_flex.remask import remask
+from sm_flex.score_mod import StableMask, stablemask
+
+__all__ = [
+    "StableMask",
+    "flex_attention",
+    "headwise_gamma",
+    "log_mass",
+    "remask",
+    "scaled_dot_product_attention",
+    "stablemask",
+    "varlen_attn",
+]
+

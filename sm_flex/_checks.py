@@ -1,0 +1,219 @@
+"""What bad input gets: every refusal names the argument, the rule, what came and the way out.
+
+Kinds, dtypes and shapes are checked under torch.compile too; values of a tensor only eagerly on the CPU, since reading
+them elsewhere would wait for the device.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of x can be looked at without a graph break or a host synchronisation."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def check_gamma(gamma: Any) -> Tensor:
+    """gamma as a tensor: a number becomes 0-d float64."""
+    if isinstance(gamma, Tensor):
+        if not gamma.is_floating_point():
+            raise TypeError(f"gamma must be a floating tensor, got dtype {gamma.dtype}")
+        if gamma.dim() > 1:
+            raise ValueError(f"gamma must be 0-d or (H,), one rate a query head, got shape {tuple(gamma.shape)}")
+        if gamma.numel() == 0:
+            raise ValueError("gamma must hold at least one rate, got an empty tensor")
+        if readable(gamma):
+            if gamma.isnan().any():
+                raise ValueError("gamma must not be NaN")
+            # A learned gamma may drift a little below 0 between two steps; log M continues there.
+            if not gamma.requires_grad and bool((gamma < 0).any()):
+                raise ValueError(f"gamma must be >= 0, got {gamma.min().item()}")
+        return gamma
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma must be a number or a floating tensor, got {type(gamma).__name__}")
+    if gamma != gamma:
+        raise ValueError("gamma must not be NaN")
+    if gamma < 0:
+        raise ValueError(f"gamma must be >= 0, got {gamma}")
+    return torch.tensor(float(gamma), dtype=torch.float64)
+
+
+def check_length(length: Any) -> None:
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(f"length must be an int, the training length, got {type(length).__name__}")
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+
+
+def check_positions(positions: Any) -> None:
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be an integer tensor, got {type(positions).__name__}")
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be an integer tensor, got dtype {positions.dtype}")
+    if positions.dim() not in (1, 2):
+        raise ValueError(f"positions must be (S,) or (B, S), got shape {tuple(positions.shape)}")
+
+
+def check_position_values(positions: Tensor) -> None:
+    if readable(positions) and positions.numel() and bool((positions < 0).any()):
+        raise ValueError(f"positions must be >= 0, got {positions.min().item()}")
+
+
+def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device) -> None:
+    """A StableMask against the call that it came with: heads, positions, length, device."""
+    gamma, positions = mask.gamma, mask.positions
+    if gamma.dim() == 1 and gamma.shape[0] != heads:
+        raise ValueError(f"gamma must have one rate for each of the {heads} query heads, got {gamma.shape[0]}")
+    if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
+        raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
+    if positions is None:
+        if num_queries != num_keys:
+            raise ValueError(
+                f"positions are required where query and key lengths differ, got S={num_queries} and T={num_keys}: "
+                "pass stablemask(..., positions=..., length=...)"
+            )
+        return
+    if positions.device != device:
+        raise ValueError(f"positions must be on the device of query, {device}, got {positions.device}")
+    expected = (num_queries,) if positions.dim() == 1 else (batch, num_queries)
+    if tuple(positions.shape) != expected:
+        raise ValueError(f"positions must be ({num_queries},) or ({batch}, {num_queries}), got {tuple(positions.shape)}")
+    check_position_values(positions)
+
+
+def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -> None:
+    """query, key and value against each other; layout is "BHSD" or "THD"."""
+    dims, heads_dim = len(layout), layout.index("H")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != dims:
+            raise ValueError(f"{name} must be {dims}-D, ({', '.join(layout)}), with a StableMask, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got dtype {x.dtype}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
+        if layout == "BHSD" and x.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, got {x.shape[0]}")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have the batch, heads and length of key, {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have the head dim of query, {query.shape[-1]}, got {key.shape[-1]}")
+    heads, kv_heads = query.shape[heads_dim], key.shape[heads_dim]
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(f"key must have the {heads} heads of query, got {kv_heads}: pass enable_gqa=True for grouped queries")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+
+
+def check_scale(scale: Any) -> None:
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+
+
+def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be boolean or floating, got dtype {attn_mask.dtype}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
+        raise ValueError(f"attn_mask must be boolean or of query's dtype, {query.dtype}, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = 1 <= attn_mask.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(attn_mask.shape), reversed(full), strict=False))
+    if not fits:
+        raise ValueError(f"attn_mask must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}")
+
+
+def check_dropout(dropout_p: Any) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not (math.isfinite(dropout_p) and 0 <= dropout_p < 1):
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_block_mask(block_mask: Any, query: Any, key: Any) -> None:
+    """A BlockMask against (B, H, S, D) query and key; a malformed query or key is left to check_qkv."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
+        return
+    if block_mask.kv_num_blocks.device != query.device:
+        raise ValueError(f"block_mask must be on the device of query, {query.device}, got {block_mask.kv_num_blocks.device}")
+    expected, shape = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
+    if shape[0] != expected[0] or shape[1] != expected[1]:
+        raise ValueError(f"block_mask must be for (S, T) = {expected}, got {shape}: build it with create_block_mask for these lengths")
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    if batch not in (1, query.shape[0]) or heads not in (1, query.shape[1]):
+        raise ValueError(f"block_mask must be for (1|B, 1|H) of {tuple(query.shape[:2])}, got {(batch, heads)}")
+
+
+def check_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_q: Any,
+    cu_k: Any,
+    window_size: Any,
+    enable_gqa: bool,
+    mask: Any,
+    paged: dict[str, Any],
+) -> None:
+    """varlen_attn's own arguments, with a StableMask."""
+    if "block_table" not in paged:
+        check_qkv(query, key, value, enable_gqa, "THD")
+        if value.shape[-1] != query.shape[-1]:
+            raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+        raise NotImplementedError("block_table is for inference: call under torch.no_grad()")
+    if "seqused_k" in paged and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+        raise NotImplementedError("seqused_k is for inference: call under torch.no_grad()")
+    if mask.length is None:
+        raise ValueError("length is required by varlen_attn: pass stablemask(gamma, length=N), the training length")
+    if mask.score_mod is not None:
+        raise NotImplementedError(
+            "score_mod inside a StableMask is not taken by varlen_attn, whose kernels have none: use flex_attention with a "
+            "document block_mask"
+        )
+    if tuple(window_size)[1:] != (0,) or window_size[0] < -1:
+        raise ValueError(f"window_size must be (-1, 0) or (W, 0) with a StableMask, which is causal, got {tuple(window_size)}")
+    for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
+        if cu is None and name == "cu_seq_k" and paged:
+            continue
+        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be an int32 tensor, got {cu.dtype if isinstance(cu, Tensor) else type(cu).__name__}")
+        if cu.dim() != 1 or cu.shape[0] < 2:
+            raise ValueError(f"{name} must be (documents + 1,), got shape {tuple(cu.shape)}")
+        if cu.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {cu.device}")
+    _check_documents(query, key, cu_q, cu_k, mask, paged)
+
+
+def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: Any, paged: dict[str, Any]) -> None:
+    num_queries = query.shape[0]
+    num_keys = num_queries if paged else key.shape[0]
+    if mask.positions is not None and mask.positions.dim() != 1:
+        raise ValueError(f"positions must be (T_q,) = ({num_queries},) for varlen_attn, got {tuple(mask.positions.shape)}")
+    if paged and mask.positions is None:
+        raise ValueError("positions are required with a paged or padded cache: pass stablemask(..., positions=..., length=...)")
+    check_mask_fits(mask, 1, query.shape[1], num_queries, num_keys, query.device)
+    if cu_k is None or paged:
+        return
+    if cu_k.shape != cu_q.shape:
+        raise ValueError(f"cu_seq_k must have the documents of cu_seq_q, {cu_q.shape[0] - 1}, got {cu_k.shape[0] - 1}")
+    for name, cu, total in (("cu_seq_q", cu_q, num_queries), ("cu_seq_k", cu_k, key.shape[0])):
+        if not readable(cu):
+            continue
+        if cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
+            raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {cu.tolist()}")
+    if mask.positions is None and cu_k is not cu_q and readable(cu_q) and not torch.equal(cu_q, cu_k):
+        raise ValueError(
+            "positions are required where a document's query and key lengths differ: pass stablemask(..., positions=..., length=...)"
+        )

@@ -1,0 +1,50 @@
+"""torch's flex_attention on a GPU: any inner score_mod and BlockMask. It differentiates through its log-sum-exp, so
+remask's own backward closes the chain. As with torch's own, call it under torch.compile: eagerly it is not fused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from sm_flex.mass import Mass
+from sm_flex.remask import epilogue, remask
+from sm_flex.visibility import narrow_block_mask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mass: Mass,
+    *,
+    scale: float,
+    score_mod: Callable[..., Tensor] | None,
+    block_mask: BlockMask | None,
+    kernel_options: dict[str, Any],
+    max_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out' (B, H, S, Dv), lse' (B, H, S) and, if asked for, the largest score of each row of A_SM (B, H, S)."""
+    narrowed = narrow_block_mask(block_mask, q.shape[2], k.shape[2], q.device)
+    out, aux = flex_attention(
+        q, k, v, score_mod, narrowed, scale, q.shape[1] != k.shape[1],
+        kernel_options=kernel_options or None, return_aux=AuxRequest(lse=True, max_scores=max_scores),
+    )  # fmt: skip
+    if torch.is_grad_enabled() and (out.requires_grad or mass.gamma.requires_grad):
+        new_out, lse = remask(out, aux.lse, mass.table(torch.float32))
+    else:
+        new_out, lse = epilogue(out, aux.lse, mass, in_place=True)
+    return new_out, lse, _row_max(aux.max_scores, mass) if max_scores else None
+
+
+def _row_max(real: Tensor, mass: Mass) -> Tensor:
+    """The largest pseudo score of row p is -(p+1) gamma, wherever it has one."""
+    positions = mass.positions
+    if positions is None:
+        positions = torch.arange(mass.num_queries, device=real.device)
+    if positions.dim() == 2:
+        positions = positions.unsqueeze(1)
+    largest = -(positions + 1) * mass.gamma.to(real.dtype).reshape(-1, 1)
+    return torch.maximum(real, largest.masked_fill(positions == mass.length - 1, -torch.inf))

@@ -1,0 +1,231 @@
+"""Which engine serves a call. The choice follows from what the call needs, never from a failure of something else.
+
+    torch's flex     an inner score_mod, a block_mask, or options for its kernel, on CUDA
+    flash, cuDNN,    on CUDA, what torch's own scaled_dot_product_attention would take for the same call, so that its
+    efficient        priorities, its limits and sdpa_kernel() contexts hold here too
+    cpu              on a CPU, all that PyTorch's CPU flash op takes
+    dense            everything else: other devices, float64 on CUDA, score_mods and block masks on a CPU, ...
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+ENGINE_OF = {
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+}
+# What kernel_options={"BACKEND": ...} may name: torch flex's own, and the kernels of scaled_dot_product_attention.
+FLEX_BACKENDS = ("TRITON", "TRITON_DECODE", "FLASH")
+SDPA_BACKENDS = {
+    "FLASH_ATTENTION": "flash",
+    "CUDNN_ATTENTION": "cudnn",
+    "EFFICIENT_ATTENTION": "efficient",
+    "MATH": "dense",
+}
+BEFORE_2_13, BEFORE_2_14 = torch.__version__ < "2.13", torch.__version__ < "2.14"
+BACKENDS = ("AUTO", *SDPA_BACKENDS, *FLEX_BACKENDS)
+
+
+class Need(NamedTuple):
+    """What a call needs of its engine."""
+
+    score_mod: bool = False
+    block_mask: bool = False
+    flex_options: bool = False
+    dropout_p: float = 0.0
+    lse_grad: bool = False
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need, backend: str = "AUTO") -> str:
+    """The engine's name: flash, cudnn, efficient, cpu, flex or dense."""
+    if backend != "AUTO":
+        return _named(q, k, v, attn_mask, need, backend)
+    empty = 0 in (*q.shape, *k.shape, *v.shape)
+    if need.flex_options:
+        return _flex_or_error(q, attn_mask, need, empty)
+    if need.score_mod or need.block_mask:
+        takes = q.device.type == "cuda" and attn_mask is None and not need.dropout_p and q.dtype != torch.float64
+        return "flex" if takes and not empty else "dense"
+    if empty:
+        return "dense"
+    if q.device.type == "cpu":
+        return _on_cpu(q, v, attn_mask, need)
+    if q.device.type == "cuda" and torch.version.hip is None:
+        return _on_cuda(q, k, v, attn_mask, need)
+    return "dense"
+
+
+def _on_cpu(q: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> str:
+    if _why_not_cpu(q, v, attn_mask, need) is None and _enabled("FLASH_ATTENTION"):
+        return "cpu"
+    if _enabled("MATH"):
+        return "dense"
+    raise RuntimeError("No available kernel: sdpa_kernel() allows neither FLASH_ATTENTION for this call nor MATH")
+
+
+def _why_not_cpu(q: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> str | None:
+    if need.score_mod or need.block_mask:
+        return "it takes neither an inner score_mod nor a block_mask"
+    if need.dropout_p:
+        return "it has no dropout"
+    if attn_mask is not None and attn_mask.requires_grad:
+        return "it gives attn_mask no gradient"
+    if v.shape[-1] != q.shape[-1]:
+        return "it wants one head dim for query and value"
+    if q.dtype == torch.float64 and torch.compiler.is_compiling() and BEFORE_2_13:
+        return "compiled in float64 it is NaN on this torch"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"it has no {q.dtype}"
+    return None
+
+
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> str:
+    choice = ENGINE_OF.get(_torch_choice(q, k, v, attn_mask, need), "dense")
+    if choice == "cudnn" and attn_mask is not None and attn_mask.requires_grad:
+        return "dense"
+    if choice == "cudnn" and need.lse_grad and max(q.shape[-1], v.shape[-1]) > 120:
+        # The gradient of lse widens the head dim by 8 (identity.py), beyond what cuDNN takes.
+        return "flash" if attn_mask is None and _enabled("FLASH_ATTENTION") else "dense"
+    return choice
+
+
+def needs_bias(engine: str, q: Tensor, k: Tensor) -> bool:
+    """Whether causality must come as a bias: the kernel's own flag is aligned to the start, and S != T."""
+    return engine != "flash" and q.shape[2] != 1 and q.shape[2] != k.shape[2]
+
+
+def _torch_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> int:
+    """The SDPBackend that torch would take. Flash aligns S != T to the end by itself; the others would need a mask."""
+    square = q.shape[2] == k.shape[2]
+    if torch.compiler.is_compiling():
+        return _traced_choice(
+            str(q.device), q.dtype, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.shape[2] == 1, square,
+            None if attn_mask is None else attn_mask.dtype, need.dropout_p,
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )  # fmt: skip
+    return _eager_choice(q, k, v, attn_mask, need.dropout_p)
+
+
+def _eager_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> int:
+    square, gqa = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    if attn_mask is None and not square and q.shape[2] > 1:
+        flash = torch._fused_sdp_choice(q, k, v, None, dropout_p, False, enable_gqa=gqa)
+        if flash == SDPBackend.FLASH_ATTENTION.value:
+            return flash
+        attn_mask = q.new_empty((), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
+    causal = attn_mask is None and square and q.shape[2] > 1
+    return torch._fused_sdp_choice(q, k, v, attn_mask, dropout_p, causal, enable_gqa=gqa)
+
+
+@torch._dynamo.assume_constant_result
+def _traced_choice(
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    v_dim: int,
+    single: bool,
+    square: bool,
+    mask_dtype: torch.dtype | None,
+    dropout_p: float,
+    grad: bool,
+) -> int:
+    """_eager_choice for stand-ins of a fixed length, made when the call is traced."""
+    queries = 1 if single else 128
+    keys = queries if square else 256
+    q = torch.empty(1, heads, queries, dim, device=device, dtype=dtype, requires_grad=grad)
+    k = torch.empty(1, kv_heads, keys, dim, device=device, dtype=dtype)
+    v = torch.empty(1, kv_heads, keys, v_dim, device=device, dtype=dtype)
+    mask = None if mask_dtype is None else torch.empty(1, 1, queries, keys, device=device, dtype=mask_dtype)
+    return _eager_choice(q, k, v, mask, dropout_p)
+
+
+@torch._dynamo.assume_constant_result
+def _enabled(backend: str) -> bool:
+    """Whether the sdpa_kernel() context in force allows a kernel; on a CPU torch knows two, flash and math."""
+    flags = torch.backends.cuda
+    return {"FLASH_ATTENTION": flags.flash_sdp_enabled, "MATH": flags.math_sdp_enabled}[backend]()
+
+
+def _flex_or_error(q: Tensor, attn_mask: Tensor | None, need: Need, empty: bool) -> str:
+    if q.device.type != "cuda":
+        raise NotImplementedError(
+            f"kernel_options other than BACKEND, and max_scores, belong to torch's flex kernels on CUDA; query is on {q.device}: leave them out"
+        )
+    if empty:
+        raise NotImplementedError("kernel_options belong to torch's flex kernels, which take no empty tensor: leave them out")
+    return "flex"
+
+
+def _named(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need, backend: str) -> str:
+    """The engine asked for by name, or why it cannot serve."""
+    if backend not in BACKENDS:
+        raise ValueError(f"BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    def refuse(why: str) -> NotImplementedError:
+        return NotImplementedError(f"BACKEND {backend} cannot serve this call: {why}. Leave it at AUTO")
+
+    empty = 0 in (*q.shape, *k.shape, *v.shape)
+    if backend in FLEX_BACKENDS:
+        if q.device.type != "cuda":
+            raise refuse(f"torch's flex kernels train on CUDA only, query is on {q.device}")
+        if backend == "FLASH" and BEFORE_2_14:
+            raise refuse("its log-sum-exp is wrong by ln 2 before torch 2.14")
+        if empty:
+            raise refuse("it takes no empty tensor")
+        return "flex"
+    if need.flex_options:
+        raise refuse("other kernel_options, and max_scores, belong to torch's flex kernels")
+    if backend == "MATH":
+        return "dense"
+    if need.score_mod or need.block_mask:
+        raise refuse("it takes neither an inner score_mod nor a block_mask")
+    if empty:
+        raise refuse("it takes no empty tensor")
+    if q.device.type == "cpu":
+        if backend != "FLASH_ATTENTION":
+            raise refuse("a CPU has FLASH_ATTENTION and MATH")
+        why = _why_not_cpu(q, v, attn_mask, need)
+        if why is not None:
+            raise refuse(why)
+        return "cpu"
+    if q.device.type != "cuda":
+        raise refuse(f"query is on {q.device}, where MATH is the only one")
+    engine = SDPA_BACKENDS[backend]
+    if not _cuda_takes(engine, q, k, v, attn_mask, need):
+        raise refuse("torch's kernel does not take this device, dtype, shape or mask")
+    return engine
+
+
+def _cuda_takes(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # the kernel itself says no when it is traced
+    if attn_mask is not None and engine == "cudnn" and attn_mask.requires_grad:
+        return False
+    if attn_mask is None and needs_bias(engine, q, k):
+        attn_mask = q.new_empty((), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
+    elif attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    flags = torch.backends.cuda
+    causal = attn_mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
+    params = flags.SDPAParams(q, k, v, attn_mask, need.dropout_p, causal, q.shape[1] != k.shape[1])
+    can = {"flash": flags.can_use_flash_attention, "cudnn": flags.can_use_cudnn_attention, "efficient": flags.can_use_efficient_attention}
+    return can[engine](params)
+
+
+def choose_packed(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The engine's name for packed documents: varlen, varlen_cpu or dense."""
+    if 0 in (*q.shape, *k.shape):
+        return "dense"
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+        return "varlen"
+    if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return "varlen_cpu"
+    return "dense"

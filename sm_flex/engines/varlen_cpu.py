@@ -1,0 +1,125 @@
+"""Packed documents on a CPU: the CPU flash op on one document after another.
+
+The documents' bounds are values of a tensor, so under torch.compile the loop must stay one opaque op.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sm_flex.engines import Call, Forward, Gradients, State, rows_contiguous
+from sm_flex.engines.varlen import to_bhsd, to_thd
+from sm_flex.visibility import banded_bias
+
+aten = torch.ops.aten
+# A window is cut into blocks of this many rows, so that its bias stays small.
+BLOCK = 512
+
+
+def forward(call: Call) -> Forward:
+    at = call.settings
+    assert call.cu_q is not None and call.cu_k is not None, "varlen_attn checks its bounds"
+    out, lse = torch.ops.sm_flex.varlen_cpu(call.q, call.k, call.v, call.cu_q, call.cu_k, at.window, at.scale)
+    return to_bhsd(out), lse.unsqueeze(0), ()
+
+
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
+    at = call.settings
+    dq, dk, dv = torch.ops.sm_flex.varlen_cpu_backward(
+        to_thd(grad_out), call.q, call.k, call.v, to_thd(out), lse.squeeze(0), call.cu_q, call.cu_k, at.window, at.scale
+    )
+    return dq, dk, dv, None
+
+
+@torch.library.custom_op("sm_flex::varlen_cpu", mutates_args={}, device_types="cpu")
+def _varlen_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, keys, causal, bias in _pieces(cu_q, cu_k, window, q.dtype):
+        piece_out, piece_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            _piece(q, rows), _piece(k, keys), _piece(v, keys), 0.0, causal, attn_mask=bias, scale=scale
+        )
+        if bias is not None:
+            piece_lse = piece_lse.masked_fill(torch.isneginf(bias).all(-1), -torch.inf)
+        out[rows] = to_thd(piece_out)
+        lse[:, rows] = piece_lse[0]
+    return out, lse
+
+
+@_varlen_cpu.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("sm_flex::varlen_cpu_backward", mutates_args={}, device_types="cpu")
+def _varlen_cpu_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The pieces of a window share keys: their sums are kept in the precision of lse.
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape, dtype=lse.dtype), v.new_zeros(v.shape, dtype=lse.dtype)
+    for rows, keys, causal, bias in _pieces(cu_q, cu_k, window, q.dtype):
+        piece_dq, piece_dk, piece_dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _piece(grad_out, rows), _piece(q, rows), _piece(k, keys), _piece(v, keys), _piece(out, rows),
+            lse[:, rows].unsqueeze(0), 0.0, causal, attn_mask=bias, scale=scale,
+        )  # fmt: skip
+        dq[rows] = to_thd(piece_dq)
+        dk[keys] += to_thd(piece_dk)
+        dv[keys] += to_thd(piece_dv)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_varlen_cpu_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _pieces(
+    cu_q: Tensor, cu_k: Tensor, window: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """(rows, keys, causal, bias) of each piece to be attended by itself: a document, or a block of rows of a window."""
+    documents = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
+    for (first, end), (first_key, end_key) in documents:
+        if end == first or end_key == first_key:
+            continue
+        if window == -1 and end - first == end_key - first_key:
+            yield slice(first, end), slice(first_key, end_key), True, None
+            continue
+        # Slot of row i among the document's keys, aligned to the end.
+        shift = (end_key - first_key) - (end - first)
+        for start in range(first, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            last = stop - 1 - first + shift
+            low = 0 if window == -1 else max(start - first + shift - window, 0)
+            if last < low:
+                continue
+            bias = banded_bias(start - first + shift - low, stop - start, last + 1 - low, window, dtype)
+            yield slice(start, stop), slice(first_key + low, first_key + last + 1), False, bias
+
+
+def _piece(x_THD: Tensor, part: slice) -> Tensor:
+    return rows_contiguous(to_bhsd(x_THD[part]))

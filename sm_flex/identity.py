@@ -1,0 +1,121 @@
+"""One autograd Function for every kernel engine: ordinary causal attention, the remask, and the backward that is free.
+
+Call the library's ordinary backward with out' and lse'. It rebuilds P' = exp(score - lse'), which are StableMask's
+probabilities, and delta = rowsum(grad_out * out'), which is what dS = P' * (dP - delta) needs, since the pseudo columns
+have value 0. Nothing differentiates through lse (DESIGN section 1 of the paper's eq. 11).
+
+A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place of delta is the
+same thing, and every kernel computes delta from grad_out and out': widened by columns in which grad_out is 1 and out' is
+-grad_lse' (in three pieces, so that bf16 holds all of it), while q, k and v are 0 there, they give just that.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sm_flex.engines import Call, Settings, cpu, cudnn, efficient, flash, varlen, varlen_cpu
+from sm_flex.mass import Mass
+from sm_flex.remask import epilogue, log_mass_grad
+
+ENGINES: dict[str, ModuleType] = {
+    "flash": flash,
+    "cudnn": cudnn,
+    "efficient": efficient,
+    "cpu": cpu,
+    "varlen": varlen,
+    "varlen_cpu": varlen_cpu,
+}
+# Columns that a gradient of lse' adds; kernels want a multiple of 8.
+WIDENING = 8
+PIECES = 3
+
+
+def attend(
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mass: Mass,
+    settings: Settings,
+    *,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the ENGINES; differentiable in q, k, v, bias and gamma."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    learned = torch.is_grad_enabled() and mass.gamma.requires_grad
+    # The kernel works log M out by itself; elsewhere, and where log M has a gradient, it is a small table.
+    table = mass.table(wide) if learned or not q.is_cuda else None
+    gamma, positions = (mass.gamma, mass.positions) if table is None else (None, None)
+    restarts = mass.cu_seqlens is not None
+    # Dynamo wants the tensors of an autograd Function to be distinct.
+    cu_k = None if cu_k is cu_q else cu_k
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is k else v
+    result = _Attend.apply(
+        engine, settings, mass.length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions
+    )
+    return result if want_lse else (result, None)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, engine, settings, length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions):
+        call = Call(q, k, v, bias, cu_q, cu_q if cu_k is None else cu_k, settings)
+        out, lse, state = ENGINES[engine].forward(call)
+        if bias is not None:
+            dead = torch.isneginf(bias).all(-1)
+            lse = lse.masked_fill(dead, -torch.inf)
+            out = out.masked_fill(dead.unsqueeze(-1), 0.0)
+        mass = table
+        if table is None:
+            mass = Mass(gamma, positions, cu_q if restarts else None, length, out.shape[2])
+        out, lse = epilogue(out, lse, mass, in_place=True)
+        ctx.engine, ctx.settings, ctx.num_state = engine, settings, len(state)
+        ctx.save_for_backward(q, k, v, bias, cu_q, cu_k, table, out, lse, *state)
+        ctx.set_materialize_grads(False)
+        return (out, lse) if want_lse else out
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse=None):
+        q, k, v, bias, cu_q, cu_k, table, out, lse, *state = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        if grad_out is None and grad_lse is None:
+            return (None,) * 14
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        dtable = None
+        if table is not None and wants[11]:
+            dtable = log_mass_grad(grad_out, out, lse, table, grad_lse)
+        kernel_lse = lse
+        if bias is not None:
+            # A dead row without mass: exp(score - lse) must be 0, not NaN.
+            kernel_lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
+        dim = q.shape[-1]
+        call = Call(q, k, v, bias, cu_q, cu_q if cu_k is None else cu_k, ctx.settings)
+        if grad_lse is not None:
+            call, grad_out, out = _widened(call, grad_out, out, grad_lse)
+        dq, dk, dv, dbias = ENGINES[ctx.engine].backward(call, grad_out, out, kernel_lse, tuple(state), wants[8])
+        if grad_lse is not None:
+            dq, dk, dv = (x[..., :dim] for x in (dq, dk, dv))
+        return None, None, None, None, None, dq, dk, dv, dbias, None, None, dtable, None, None
+
+
+def _widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Call, Tensor, Tensor]:
+    """The call with columns that put delta - grad_lse' in the place of delta."""
+    rest, columns = -grad_lse, []
+    for _ in range(PIECES):
+        columns.append(rest.to(out.dtype))
+        rest = rest - columns[-1].to(rest.dtype)
+    extra = pad(torch.stack(columns, dim=-1), (0, WIDENING - PIECES))
+    q, k, v = (pad(x, (0, WIDENING)) for x in (call.q, call.k, call.v))
+    ones = torch.ones_like(extra)
+    return (
+        call._replace(q=q, k=k, v=v),
+        torch.cat([grad_out.to(out.dtype), ones], dim=-1),
+        torch.cat([out, extra], dim=-1),
+    )

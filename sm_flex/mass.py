@@ -1,0 +1,140 @@
+"""log M: the log of the pseudo-attention mass that a StableMask row carries beside its real scores.
+
+Row p of eq. 8 holds the pseudo scores -j * gamma for p < j < N. They carry no value, so only their total counts:
+
+    M(p) = sum_{j=p+1}^{N-1} e^{-j gamma},  n = N-1-p terms
+    log M(p) = -(p+1) gamma + log n + g(n gamma) - g(gamma),   g(x) = log((1 - e^-x) / x)
+
+g is smooth through 0 (g(x) = -x/2 + x^2/24 - ...), so this form has neither 0/0 nor cancellation at small gamma, in its
+value or in its gradient. Beyond the training length (p >= N) the paper keeps one pseudo score, tau = -(p+1) gamma
+(section 4.3), which is n = 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# x^2, x^4, ... coefficients of log(sinh(x/2) / (x/2)); below |x| = SMALL they are exact to 1e-14.
+SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
+SMALL = 0.5
+# From here on e^-gamma is nothing in any float: the row is plain causal, as for gamma = inf.
+HUGE = 1e30
+
+
+class Mass(NamedTuple):
+    """What log M of a call depends on.
+
+    gamma (0-d or (H,), on the call's device); positions (S,) or (B, S), or None for 0..S-1, or, for rows packed after one
+    another, cu_seqlens with each document's first row; length N.
+    """
+
+    gamma: Tensor
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+    length: int
+    num_queries: int
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        """log M, (1, S) or (H, S); (B, 1, S) or (B, H, S) where positions are (B, S)."""
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.num_queries, device=self.gamma.device)
+            if self.cu_seqlens is not None:
+                positions = positions - self.cu_seqlens[document_of(positions, self.cu_seqlens)]
+        gamma = self.gamma.to(dtype).reshape(-1, 1)
+        if positions.dim() == 2:
+            positions = positions.unsqueeze(1)
+        return _closed_form(gamma, positions, self.length)
+
+
+def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
+    """log M(p) = log sum_{j=p+1}^{N-1} e^{-j gamma}, in closed form (eq. 8 and section 4.3).
+
+    Differentiable in gamma: d log M / d gamma at gamma = 0 is -(p+N)/2, and 0 where log M is -inf.
+
+    Args:
+        gamma: a number >= 0 (inf allowed), or a floating tensor, 0-d or (H,).
+        positions: integer tensor (S,) or (B, S), the position p >= 0 of each query in its own sequence.
+        length: N >= 1, the training length.
+
+    Returns:
+        (1, S) for a scalar gamma, (H, S) for one gamma a head, with a leading B and so (B, 1, S) or (B, H, S) for (B, S)
+        positions. float32, or float64 for a float64 gamma tensor. -inf at p = N-1 and for gamma = inf. Natural log.
+
+    Raises:
+        TypeError, ValueError: gamma, positions or length of the wrong kind, shape or value.
+
+    Example:
+        >>> log_mass(0.0, torch.tensor([0, 1, 2, 3]), length=4).exp()
+        tensor([[3.0000, 2.0000, 1.0000, 0.0000]])
+    """
+    from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions
+
+    dtype = torch.float64 if isinstance(gamma, Tensor) and gamma.dtype == torch.float64 else torch.float32
+    gamma = check_gamma(gamma)
+    check_positions(positions)
+    check_position_values(positions)
+    check_length(length)
+    if gamma.device != positions.device and gamma.dim() == 0:
+        gamma = gamma.to(device=positions.device, dtype=dtype)
+    if gamma.device != positions.device:
+        raise ValueError(f"gamma and positions must be on one device, got {gamma.device} and {positions.device}")
+    return Mass(gamma, positions, None, length, positions.shape[-1]).table(dtype)
+
+
+def headwise_gamma(num_heads: int) -> Tensor:
+    """One gamma a head, by ALiBi's rule for its slopes: 2^(-8h/H) for h = 1..H where H is a power of two.
+
+    Otherwise the slopes of the power of two below H come first, then every other slope of the power of two above (Press
+    et al. 2022, get_slopes). This is "head-wise gamma" of the paper's Table 6.
+
+    Args:
+        num_heads: H >= 1.
+
+    Returns:
+        float32 (H,), on the CPU.
+
+    Example:
+        >>> headwise_gamma(2)
+        tensor([0.0625, 0.0039])
+    """
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+
+    def slopes(power: int) -> list[float]:
+        return [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
+
+    below = 1 << (num_heads.bit_length() - 1)
+    return torch.tensor(slopes(below) + slopes(2 * below)[0::2][: num_heads - below], dtype=torch.float32)
+
+
+def document_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which document each packed row belongs to: the last that starts at or before it."""
+    last = cu_seqlens.shape[0] - 2
+    return (torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1).clamp(max=last)
+
+
+def _closed_form(gamma: Tensor, positions: Tensor, length: int) -> Tensor:
+    """log M for gamma (H|1, 1) and positions broadcastable to it, in gamma's dtype; every branch of a where() is finite."""
+    terms = torch.where(positions >= length, 1, length - 1 - positions)
+    empty = (terms == 0) | (gamma >= HUGE)
+    n = terms.clamp(min=1).to(gamma.dtype)
+    gamma = torch.where(gamma >= HUGE, 1.0, gamma)
+    log_m = -(positions + 1) * gamma + n.log() + _log_ratio(n * gamma) - _log_ratio(gamma)
+    return torch.where(empty, -math.inf, log_m)
+
+
+def _log_ratio(x: Tensor) -> Tensor:
+    """g(x) = log((1 - e^-x) / x), differentiable everywhere; for x < 0 by g(x) = g(-x) - x."""
+    small = x.abs() < SMALL
+    y = torch.where(small, x, 0.0)
+    y2 = y * y
+    even = torch.zeros_like(y2)
+    for coefficient in reversed(SERIES):
+        even = (even + coefficient) * y2
+    z = torch.where(small, 1.0, x.abs())
+    return torch.where(small, even - y / 2, torch.log1p(-torch.exp(-z)) - z.log() + torch.relu(-x))

@@ -1,0 +1,124 @@
+"""The remask epilogue: from ordinary causal attention's (out, lse) and log M to StableMask's (out', lse').
+
+    s = sigmoid(lse - log M),   out' = s * out,   lse' = logaddexp(lse, log M)
+
+s is the real share of the row, alpha_i in section 4.2. Plain PyTorch here; remask_kernel.py is the same in one Triton
+launch, for a GPU.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sm_flex.mass import Mass
+
+
+def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """StableMask's epilogue alone, for a caller with an attention kernel of their own.
+
+    s = sigmoid(lse - log_mass), out' = s * out, lse' = logaddexp(lse, log_mass): with (out, lse) of ordinary causal
+    attention this is eq. 11. For ring attention merge the shards first, then remask once. Differentiable in all three;
+    a kernel whose backward ignores the gradient of lse needs the drop-ins instead, whose backward does not use it.
+
+    Args:
+        out: (..., S, D) floating, attention output. Not written to.
+        lse: (..., S) float32 or float64, natural log-sum-exp of the real scores; -inf for a row without visible keys.
+        log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`.
+
+    Returns:
+        out' like out, lse' like lse. A row with lse = log_mass = -inf has out' = 0.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape or device.
+
+    Example:
+        >>> out, lse = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2)
+        >>> remask(out, lse, torch.zeros(1, 2))[0][0, 0, 0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    for name, x in (("out", out), ("lse", lse), ("log_mass", log_mass)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got dtype {x.dtype}")
+        if x.device != out.device:
+            raise ValueError(f"{name} must be on the device of out, {out.device}, got {x.device}")
+    for name, x in (("lse", lse), ("log_mass", log_mass)):
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64 (less would move the share), got {x.dtype}")
+    if out.dim() < 2 or lse.shape != out.shape[:-1]:
+        raise ValueError(f"lse must have the shape of out without its last dimension, {tuple(out.shape[:-1])}, got {tuple(lse.shape)}")
+    fits = log_mass.dim() <= lse.dim() and all(
+        a in (1, b) for a, b in zip(reversed(log_mass.shape), reversed(lse.shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
+    new_out, new_lse = _Remask.apply(out, lse, log_mass)
+    return new_out, new_lse
+
+
+class _Remask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+        new_out, new_lse = epilogue(out, lse, log_mass, in_place=False)
+        ctx.save_for_backward(out, lse, log_mass, new_lse)
+        return new_out, new_lse
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, log_mass, new_lse = ctx.saved_tensors
+        pseudo = pseudo_share(new_lse, log_mass)
+        real = _exp_difference(lse, new_lse)
+        grad_s = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
+        slope = grad_s * real * pseudo
+        return (
+            grad_out * real.unsqueeze(-1).to(grad_out.dtype),
+            slope + grad_lse * real,
+            (grad_lse * pseudo - slope).sum_to_size(log_mass.shape),
+        )
+
+
+def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """(out', lse') without autograd; out (..., S, D), lse (..., S), mass a table of log M or, on a GPU, what it depends on.
+
+    in_place lets it write into out, where that is safe: never under a dispatch mode, which may have kept out for itself
+    (an eager selective checkpoint does). lse' is always a new tensor.
+    """
+    in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
+    if out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+        from sm_flex import remask_kernel
+
+        return remask_kernel.launch(out, lse, mass, in_place=in_place)
+    if isinstance(mass, Mass):
+        mass = mass.table(lse.dtype)
+    share, new_lse = shares(lse, mass)
+    share = share.unsqueeze(-1).to(out.dtype)
+    if in_place and not torch.compiler.is_compiling():
+        return out.mul_(share), new_lse
+    return out * share, new_lse
+
+
+def shares(lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The real share s of each row and lse'."""
+    dead = torch.isneginf(lse)
+    share = torch.sigmoid(lse.masked_fill(dead, 0.0) - log_mass).masked_fill(dead, 0.0)
+    return share, torch.logaddexp(lse, log_mass)
+
+
+def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
+    """1 - s = exp(log M - lse'), accurate where s rounds to 1."""
+    return _exp_difference(log_mass, new_lse)
+
+
+def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
+    """exp(a - b), 0 where a is -inf (a dead row has b = -inf too)."""
+    gone = torch.isneginf(a)
+    return torch.exp(a.masked_fill(gone, 0.0) - b).masked_fill(gone | torch.isneginf(b), 0.0)
+
+
+def log_mass_grad(grad_out: Tensor, out: Tensor, new_lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """d loss / d log M from StableMask's own out' and lse': (1 - s) * (grad_lse' - rowsum(grad_out * out'))."""
+    delta = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
+    inner = -delta if grad_lse is None else grad_lse - delta
+    return (inner * pseudo_share(new_lse, log_mass)).sum_to_size(log_mass.shape)
+

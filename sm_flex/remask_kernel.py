@@ -1,0 +1,217 @@
+"""The remask epilogue as one Triton launch: log M computed inside, saturated tiles neither read nor written.
+
+s tends to 1 as the mass fades. Where 1 - s is below half an ulp of the output's dtype, s * out rounds to out itself, so a
+tile of rows that are all that far is left alone: the kernel reads 4 bytes a row (lse), writes 4 (lse'), and touches the
+2 * D * itemsize bytes of an output row only where they can change. The test is on s as it will be used, so no bit
+depends on it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from sm_flex.mass import HUGE, Mass
+from sm_flex.remask import shares
+
+# 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
+HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
+# Elements of a tile: at head_dim 128 it has 64 rows.
+TILE = 8192
+MAX_ROWS = 128
+
+# Where a row's position comes from.
+ARANGE, POSITIONS, CU_SEQLENS = 0, 1, 2
+
+GAMMA_HUGE = tl.constexpr(HUGE)
+
+
+@triton.jit
+def _log_ratio(x):
+    """g(x) = log((1 - e^-x) / x), by its series near 0 (mass.py)."""
+    y2 = x * x
+    even = 1 / 181440 + y2 * (-1 / 9676800 + y2 * (1 / 479001600))
+    even = y2 * (1 / 24 + y2 * (-1 / 2880 + y2 * even))
+    z = tl.abs(x)
+    small = z < 0.5
+    z = tl.where(small, 1.0, z)
+    return tl.where(small, even - 0.5 * x, tl.log(1.0 - tl.exp(-z)) - tl.log(z) + tl.maximum(-x, 0.0))
+
+
+@triton.jit
+def _log_mass(gamma, position, length):
+    """log M(p) in closed form (mass.py)."""
+    terms = tl.where(position >= length, 1, length - 1 - position)
+    empty = (terms == 0) | (gamma >= GAMMA_HUGE)
+    n = tl.where(terms == 0, 1, terms).to(tl.float32)
+    gamma = tl.where(gamma >= GAMMA_HUGE, 1.0, gamma)
+    log_m = -(position + 1).to(tl.float32) * gamma + tl.log(n) + _log_ratio(n * gamma) - _log_ratio(gamma)
+    return tl.where(empty, float("-inf"), log_m)
+
+
+@triton.jit
+def remask_kernel(
+    out_ptr, new_out_ptr, lse_ptr, new_lse_ptr, table_ptr, gamma_ptr, position_ptr, cu_ptr,
+    num_rows, num_heads, length, num_docs,
+    out_b, out_h, out_s, out_d, new_b, new_h, new_s, new_d, lse_b, lse_h, lse_s, nlse_b, nlse_h, nlse_s,
+    table_b, table_h, table_s, gamma_h, position_b, position_s,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HALF_ULP: tl.constexpr,
+    IN_PLACE: tl.constexpr, HAS_TABLE: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one (batch, head). new_out_ptr is out_ptr where IN_PLACE."""
+    batch = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    at = row.to(tl.int64)
+    lse = tl.load(lse_ptr + batch * lse_b + head * lse_h + at * lse_s, mask=inside, other=0.0)
+
+    if HAS_TABLE:
+        log_m = tl.load(table_ptr + batch * table_b + head * table_h + at * table_s, mask=inside, other=0.0).to(tl.float32)
+    else:
+        gamma = tl.load(gamma_ptr + head * gamma_h).to(tl.float32)
+        if POSITION == 1:
+            position = tl.load(position_ptr + batch * position_b + at * position_s, mask=inside, other=0)
+        elif POSITION == 2:
+            # The last document that starts at or before the row, by bisection.
+            low = tl.zeros([ROWS], tl.int32)
+            high = low + num_docs
+            width = num_docs
+            while width > 1:
+                middle = (low + high) // 2
+                started = tl.load(cu_ptr + middle) <= row
+                low = tl.where(started, middle, low)
+                high = tl.where(started, high, middle)
+                width = (width + 1) // 2
+            position = row - tl.load(cu_ptr + low).to(tl.int32)
+        else:
+            position = row
+        log_m = _log_mass(gamma, position, length)
+
+    dead = lse == float("-inf")
+    share = tl.where(dead, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
+    top = tl.maximum(lse, log_m)
+    gap = tl.where(top == float("-inf"), 0.0, -tl.abs(lse - log_m))
+    new_lse = tl.where(top == float("-inf"), float("-inf"), top + tl.log(1.0 + tl.exp(gap)))
+    tl.store(new_lse_ptr + batch * nlse_b + head * nlse_h + at * nlse_s, new_lse, mask=inside)
+
+    # Not (share > bound), so that NaN counts as touched.
+    touched = inside & ~(share > 1.0 - HALF_ULP)
+    if IN_PLACE:
+        work = tl.max(touched.to(tl.int32), 0) > 0
+    else:
+        work = True
+    if work:
+        column = tl.arange(0, BLOCK_D)
+        tile = inside[:, None] & (column < HEAD_DIM)[None, :]
+        source = out_ptr + batch * out_b + head * out_h + at[:, None] * out_s + column[None, :] * out_d
+        target = new_out_ptr + batch * new_b + head * new_h + at[:, None] * new_s + column[None, :] * new_d
+        out = tl.load(source, mask=tile, other=0.0)
+        tl.store(target, (out.to(tl.float32) * share[:, None]).to(out.dtype), mask=tile)
+
+
+@triton_op("sm_flex::remask_", mutates_args={"out"})
+def remask_in_place_op(
+    out: Tensor,
+    lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+) -> Tensor:
+    if out.device.type == "cpu":
+        new_out, new_lse = _reference(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+        out.copy_(new_out)
+        return new_lse
+    new_lse = torch.empty_like(lse)
+    _launch(wrap_triton(remask_kernel), out, out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, True)
+    return new_lse
+
+
+@triton_op("sm_flex::remask", mutates_args={})
+def remask_op(
+    out: Tensor,
+    lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    if out.device.type == "cpu":
+        return _reference(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+    new_out, new_lse = torch.empty_like(out), torch.empty_like(lse)
+    _launch(wrap_triton(remask_kernel), out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, False)
+    return new_out, new_lse
+
+
+def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """(out', lse') of the epilogue; out (..., S, D) bf16, fp16 or fp32, lse (..., S) float32."""
+    if isinstance(mass, Mass):
+        log_mass, gamma, positions, cu_seqlens, length = None, mass.gamma, mass.positions, mass.cu_seqlens, mass.length
+    else:
+        log_mass, gamma, positions, cu_seqlens, length = mass, None, None, None, 0
+    if out.dim() != 4:
+        assert log_mass is not None and not in_place, "only the drop-ins work in place, on four dimensions"
+        flat_out, flat_lse = out.reshape(-1, 1, *out.shape[-2:]), lse.reshape(-1, 1, lse.shape[-1])
+        log_mass = log_mass.expand(lse.shape).reshape(flat_lse.shape)
+        new_out, new_lse = remask_op(flat_out, flat_lse, log_mass, None, None, None, 0)
+        return new_out.reshape(out.shape), new_lse.reshape(lse.shape)
+    if in_place:
+        return out, remask_in_place_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+    return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+
+
+def block_shape(head_dim: int) -> tuple[int, int]:
+    """(ROWS, BLOCK_D) of a tile."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return max(1, min(MAX_ROWS, TILE // block_d)), block_d
+
+
+def _launch(
+    kernel: Any,
+    out: Tensor,
+    new_out: Tensor,
+    lse: Tensor,
+    new_lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+    in_place: bool,
+) -> None:
+    batch, heads, num_rows, head_dim = out.shape
+    rows, block_d = block_shape(head_dim)
+    source = CU_SEQLENS if cu_seqlens is not None else ARANGE if positions is None else POSITIONS
+    table_strides = (0, 0, 0) if log_mass is None else log_mass.expand(lse.shape).stride()
+    gamma_stride = 0 if gamma is None or gamma.dim() == 0 else gamma.stride(0)
+    position_strides = (0, 0) if positions is None else positions.expand(batch, num_rows).stride()
+    kernel[(batch * heads, triton.cdiv(num_rows, rows))](
+        out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens,
+        num_rows, heads, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        *out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride(),
+        *table_strides, gamma_stride, *position_strides,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
+        IN_PLACE=in_place, HAS_TABLE=log_mass is not None, POSITION=source,
+    )  # fmt: skip
+
+
+def _reference(
+    out: Tensor,
+    lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    if log_mass is None:
+        assert gamma is not None, "an op is given a table of log M or the gamma it follows from"
+        log_mass = Mass(gamma, positions, cu_seqlens, length, out.shape[-2]).table(lse.dtype)
+    share, new_lse = shares(lse, log_mass)
+    return out * share.unsqueeze(-1).to(out.dtype), new_lse
