@@ -19,8 +19,8 @@ from sm_flex.remask import shares
 
 # 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
-# Elements of a tile: at head_dim 128 it has 64 rows.
-TILE = 8192
+# Bytes of a tile: at head_dim 128 in bf16 it has 64 rows.
+TILE_BYTES = 16384
 MAX_ROWS = 128
 
 # Where a row's position comes from.
@@ -45,11 +45,11 @@ def _log_ratio(x):
 def _log_mass(gamma, position, length):
     """log M(p) in closed form (mass.py)."""
     terms = tl.where(position >= length, 1, length - 1 - position)
-    empty = (terms == 0) | (gamma >= GAMMA_HUGE)
     n = tl.where(terms == 0, 1, terms).to(tl.float32)
-    gamma = tl.where(gamma >= GAMMA_HUGE, 1.0, gamma)
-    log_m = -(position + 1).to(tl.float32) * gamma + tl.log(n) + _log_ratio(n * gamma) - _log_ratio(gamma)
-    return tl.where(empty, float("-inf"), log_m)
+    finite = tl.where(gamma < GAMMA_HUGE, gamma, 1.0)
+    log_m = -(position + 1).to(tl.float32) * finite + tl.log(n) + _log_ratio(n * finite) - _log_ratio(finite)
+    log_m = tl.where(terms == 0, float("-inf"), log_m)
+    return tl.where(gamma < GAMMA_HUGE, log_m, float("-inf"))
 
 
 @triton.jit
@@ -166,10 +166,10 @@ def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> 
     return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
 
 
-def block_shape(head_dim: int) -> tuple[int, int]:
+def block_shape(head_dim: int, itemsize: int) -> tuple[int, int]:
     """(ROWS, BLOCK_D) of a tile."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    return max(1, min(MAX_ROWS, TILE // block_d)), block_d
+    return max(1, min(MAX_ROWS, TILE_BYTES // (block_d * itemsize))), block_d
 
 
 def _launch(
@@ -186,7 +186,7 @@ def _launch(
     in_place: bool,
 ) -> None:
     batch, heads, num_rows, head_dim = out.shape
-    rows, block_d = block_shape(head_dim)
+    rows, block_d = block_shape(head_dim, out.element_size())
     source = CU_SEQLENS if cu_seqlens is not None else ARANGE if positions is None else POSITIONS
     table_strides = (0, 0, 0) if log_mass is None else log_mass.expand(lse.shape).stride()
     gamma_stride = 0 if gamma is None or gamma.dim() == 0 else gamma.stride(0)
