@@ -107,12 +107,11 @@ def read_text(path: Path | None) -> Text:
 
 def cut_rows(documents: list[bytes], length: int) -> Tensor:
     """(R, N + 1) int16: rows of N tokens of the documents laid one after another, each with the token that follows it."""
-    line = bytearray(), []
-    for document in documents:
-        line[1].append(len(line[0]))
-        line[0].extend(b"\0" + document)
-    tokens = torch.frombuffer(line[0], dtype=torch.uint8).to(torch.int16)
-    tokens[line[1]] = SEPARATOR
+    # A separator has no byte of its own: hold a place for it, and name it once bytes have become integers.
+    line = b"".join(b"\0" + document for document in documents)
+    lengths = torch.tensor([1 + len(document) for document in documents])
+    tokens = torch.frombuffer(bytearray(line), dtype=torch.uint8).to(torch.int16)
+    tokens[lengths.cumsum(0) - lengths] = SEPARATOR
     return tokens.unfold(0, length + 1, length) if len(tokens) > length else tokens.new_empty(0, length + 1)
 
 
@@ -235,3 +234,157 @@ def rotate(x_THD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     a, b = x_THD.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+# Training
+
+
+@dataclass
+class Variant:
+    """One of the models that are compared, with what has been measured of it."""
+
+    name: str
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    training: list[float] = field(default_factory=list)  # nats a byte, each step
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats a byte)
+    seconds: list[float] = field(default_factory=list)  # each step
+
+    def step(self, batch: Packed, lr: float) -> None:
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with low_precision(batch.tokens_T.device):
+            loss = self.model.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.training.append(loss.item())  # waits for the GPU, so the clock sees the whole step
+        self.seconds.append(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def validate(self, held_out: list[Packed]) -> None:
+        with low_precision(held_out[0].tokens_T.device):
+            losses = [self.model.loss(batch).item() for batch in held_out]
+        counts = [int((batch.targets_T != SEPARATOR).sum()) for batch in held_out]
+        mean = sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+        self.validation.append((len(self.training), mean))
+
+
+def new_variant(name: str, gamma: float | Tensor, size: Size, seed: int, device: torch.device) -> Variant:
+    torch.manual_seed(seed)
+    model = Decoder(size, stablemask(gamma, length=size.length)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return Variant(name, model, optimizer)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warmup over a twentieth of the steps, then a cosine down to a tenth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def low_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train(variants: list[Variant], training_RL: Tensor, held_out: list[Packed], size: Size, steps: int, seed: int) -> None:
+    device = held_out[0].tokens_T.device
+    every = max(1, steps // size.validations)
+    source = batches(training_RL, size.rows, seed)
+    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
+        for step in range(steps):
+            batch = pack(next(source), device)
+            for variant in variants:
+                variant.step(batch, learning_rate(step, steps, size.peak_lr))
+            if (step + 1) % every == 0 or step + 1 == steps:
+                for variant in variants:
+                    variant.validate(held_out)
+            losses = ", ".join(f"{v.name} {statistics.fmean(v.training[-20:]):.3f}" for v in variants)
+            rate = len(variants) * size.rows * size.length / sum(v.seconds[-1] for v in variants)
+            bar.set_postfix_str(f"nats/byte {losses}; {rate:,.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+# Results
+
+
+def draw(variants: list[Variant], path: Path, title: str) -> None:
+    """Left: both losses over the steps. Right: what the eye cannot see there, the difference on the validation text."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for variant, color, dash in zip(variants, ("tab:gray", "tab:blue"), ("--", "-"), strict=True):
+        window = max(1, len(variant.training) // 40)
+        blocks = torch.tensor(variant.training).unfold(0, window, window).mean(1)
+        left.plot([(i + 1) * window for i in range(len(blocks))], blocks, dash, color=color, alpha=0.5, linewidth=1)
+        left.plot(*zip(*variant.validation, strict=True), dash, color=color, marker="o", markersize=4, label=variant.name)
+    left.set(xlabel="training steps", ylabel="loss (nats a byte)", yscale="log")
+    left.legend(title="validation (training: thin)")
+    causal, other = (dict(variant.validation) for variant in variants)
+    right.plot(list(causal), [other[step] - causal[step] for step in causal], color="tab:blue", marker="o", markersize=4)
+    right.axhline(0, color="tab:gray", linestyle="--")
+    right.set(xlabel="training steps", ylabel="validation loss minus causal's (nats a byte)")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_gamma(text: str, heads: int) -> float | Tensor:
+    if text == "headwise":
+        return headwise_gamma(heads)
+    try:
+        gamma = float(text)
+        stablemask(gamma)
+    except ValueError:
+        raise ValueError(f"--gamma must be headwise or a number >= 0, got {text}") from None
+    return gamma
+
+
+def read_rows(text: Text, size: Size) -> tuple[Tensor, Tensor]:
+    """Rows of the training text, and validation_rows of the other, evenly spread over it."""
+    training_RL, validation_RL = (cut_rows(documents, size.length) for documents in (text.training, text.validation))
+    if len(training_RL) < size.rows or len(validation_RL) < 1:
+        raise ValueError(
+            f"--text: {text.name} is too short: a batch takes {size.rows} rows of {size.length} bytes to train on and 1 to "
+            f"validate on, got {len(training_RL)} and {len(validation_RL)}"
+        )
+    chosen = torch.linspace(0, len(validation_RL) - 1, min(size.validation_rows, len(validation_RL))).long()
+    return training_RL, validation_RL[chosen]
+
+
+def main(argv: list[str] | None = None, size: Size | None = None) -> None:
+    argv, size = sys.argv[1:] if argv is None else argv, size or Size()
+    parser = report.Parser(prog="python -m benchmarks.lm", description="Train a small decoder: causal against StableMask.")
+    parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each variant (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
+    parser.add_argument("--gamma", default="headwise", help="headwise, or a number for every head (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
+    args = parser.parse_args(argv)
+    device = pick_device()
+    try:
+        if args.steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {args.steps}")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed must be in [0, 2**63), got {args.seed}")
+        gamma = read_gamma(args.gamma, size.heads)
+        text = read_text(args.text)
+        training_RL, validation_RL = read_rows(text, size)
+        stem = report.result_stem(report.out_folder(args.out), "lm", device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    held_out = [pack(rows_RL, device) for rows_RL in validation_RL.split(size.rows)]
+    gamma = gamma.to(device) if isinstance(gamma, Tensor) else gamma
+    variants = [
+        new_variant("causal", math.inf, size, args.seed, device),
+        new_variant(f"StableMask {args.gamma}", gamma, size, args.seed, device),
+    ]
+    train(variants, training_RL, held_out, size, args.steps, args.seed)
+    # TODO report

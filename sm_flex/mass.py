@@ -43,10 +43,12 @@ class Mass(NamedTuple):
             positions = torch.arange(self.num_queries, device=self.gamma.device)
             if self.cu_seqlens is not None:
                 positions = positions - self.cu_seqlens[document_of(positions, self.cu_seqlens)]
-        gamma = self.gamma.to(dtype).reshape(-1, 1)
+        # A small table: float64 costs nothing, where there is one.
+        precise = dtype if positions.device.type == "mps" else torch.float64
+        gamma = self.gamma.to(precise).reshape(-1, 1)
         if positions.dim() == 2:
             positions = positions.unsqueeze(1)
-        return _closed_form(gamma, positions, self.length)
+        return _closed_form(gamma, positions, self.length).to(dtype)
 
 
 def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:

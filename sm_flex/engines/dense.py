@@ -45,7 +45,7 @@ def attend(
 
     def block(start: int, end: int) -> tuple[Tensor, Tensor]:
         q_block = q[:, :, start:end].to(dtype) * scale
-        grouped = q_block.reshape(batch, k.shape[1], -1, q.shape[-1])
+        grouped = q_block.reshape(batch, k.shape[1], heads // k.shape[1] * (end - start), q.shape[-1])
         scores = (grouped @ wide_k.transpose(-1, -2)).reshape(batch, heads, end - start, num_keys)
         if bias is not None:
             scores = scores + bias[..., start:end, :] if bias.shape[-2] > 1 else scores + bias

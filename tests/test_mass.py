@@ -1,0 +1,123 @@
+"""log M and the head-wise rates against the sum that they stand for, in 40 digits where it matters."""
+
+import math
+import pickle
+
+import mpmath
+import pytest
+import torch
+
+from sm_flex import headwise_gamma, log_mass
+
+GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
+LENGTHS = [1, 2, 5, 100, 131072]
+
+
+def exact(gamma: float, p: int, length: int) -> mpmath.mpf:
+    """log sum_{j=p+1}^{N-1} e^{-j gamma}, or section 4.3's tau for p >= N."""
+    with mpmath.workdps(40):
+        g, n = mpmath.mpf(gamma), length - 1 - p
+        if n < 0:
+            return -(p + 1) * g
+        if n == 0:
+            return mpmath.mpf("-inf")
+        return mpmath.log(n) if g == 0 else -(p + 1) * g + mpmath.log(mpmath.expm1(-n * g) / mpmath.expm1(-g))
+
+
+def exact_slope(gamma: float, p: int, length: int) -> float:
+    """d log M / d gamma."""
+    n = length - 1 - p
+    if n == 0:
+        return 0.0
+    if n < 0:
+        return -(p + 1)
+    if gamma == 0:
+        return -(p + length) / 2
+    with mpmath.workdps(40):
+        g = mpmath.mpf(gamma)
+        return float(-(p + 1) + n / mpmath.expm1(n * g) - 1 / mpmath.expm1(g))
+
+
+def corner_positions(length: int) -> torch.Tensor:
+    corners = {0, 1, 2, length // 2, length - 3, length - 2, length - 1, length, length + 5}
+    return torch.tensor(sorted(p for p in corners if p >= 0))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_value_and_gradient(gamma: float, length: int, dtype: torch.dtype, tolerance: float):
+    positions = corner_positions(length)
+    g = torch.tensor(gamma, dtype=dtype, requires_grad=True)
+    actual = log_mass(g, positions, length)
+    assert actual.shape == (1, len(positions))
+    assert actual.dtype == dtype
+    value = float(g.detach())
+    for i, p in enumerate(positions.tolist()):
+        expected = exact(value, p, length)
+        assert actual[0, i].item() == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
+        (slope,) = torch.autograd.grad(actual[0, i], g, retain_graph=True)
+        assert slope.item() == pytest.approx(exact_slope(value, p, length), rel=50 * tolerance, abs=50 * tolerance)
+
+
+@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf), 3e38, torch.tensor(3e38)])
+def test_infinite_gamma_has_no_mass(gamma: float | torch.Tensor):
+    assert torch.isneginf(log_mass(gamma, torch.arange(5), 9)).all()
+
+
+def test_gradient_is_finite_and_zero_without_mass():
+    g = torch.tensor([math.inf, 0.5], requires_grad=True)
+    log_m = log_mass(g, torch.tensor([0, 8]), 9)
+    log_m.masked_fill(torch.isneginf(log_m), 0.0).sum().backward()
+    assert g.grad is not None
+    assert g.grad[0] == 0
+    assert torch.isfinite(g.grad).all()
+
+
+def test_every_position_of_a_long_sequence():
+    """All 131072 positions in float32 against the running sum in float64."""
+    length, gamma = 131072, 2.0**-8
+    terms = torch.exp(-torch.arange(length, dtype=torch.float64) * gamma)
+    tail = terms.flip(0).cumsum(0).flip(0)
+    head = slice(0, 100_000 // 8)  # beyond, the float64 sum itself underflows to its last term
+    actual = log_mass(gamma, torch.arange(length), length)[0]
+    torch.testing.assert_close(actual[head], tail[1:].log()[head].float(), rtol=1e-6, atol=2e-6)
+    assert torch.isneginf(actual[-1])
+    assert torch.isfinite(actual[:-1]).all()
+
+
+def test_shapes():
+    assert log_mass(0.5, torch.arange(7), 7).shape == (1, 7)
+    assert log_mass(torch.rand(3), torch.arange(7), 7).shape == (3, 7)
+    assert log_mass(0.5, torch.arange(14).reshape(2, 7), 14).shape == (2, 1, 7)
+    assert log_mass(torch.rand(3), torch.arange(14).reshape(2, 7), 14).shape == (2, 3, 7)
+    assert log_mass(0.5, torch.arange(7), 7).dtype == torch.float32
+    assert log_mass(torch.tensor(0.5).double(), torch.arange(7), 7).dtype == torch.float64
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 16, 64])
+def test_headwise_is_alibi_on_powers_of_two(heads: int):
+    expected = [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
+    assert headwise_gamma(heads).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [(3, [2**-4, 2**-8, 2**-2]), (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])],
+)
+def test_headwise_between_powers_of_two(heads: int, expected: list[float]):
+    """The powers of two first, then every other slope of the next: as ALiBi's get_slopes."""
+    assert headwise_gamma(heads).tolist() == pytest.approx(expected)
+
+
+def test_headwise_twelve_heads_as_alibi():
+    eight = [2.0 ** -(h + 1) for h in range(8)]
+    assert headwise_gamma(12).tolist() == pytest.approx([*eight, *(2 ** (-(h + 0.5)) for h in range(4))], rel=1e-6)
+
+
+def test_a_stablemask_survives_pickling():
+    from sm_flex import stablemask
+
+    again = pickle.loads(pickle.dumps(stablemask(0.5, length=7)))
+    assert again.gamma == 0.5
+    assert again.length == 7
