@@ -35,7 +35,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,11 @@ VALIDATION_PART = 10  # one file in ten
 class Size:
     """The model and its training. The defaults are for minutes on two CPU cores."""
 
-    layers: int = 4
+    layers: int = 2
     width: int = 128
     heads: int = 4
     length: int = 256  # N
-    rows: int = 8  # a batch
+    rows: int = 2  # a batch: many small steps learn most from minutes
     validation_rows: int = 128
     validations: int = 10
     peak_lr: float = 3e-3
@@ -313,6 +313,17 @@ def train(variants: list[Variant], training_RL: Tensor, held_out: list[Packed], 
 # Results
 
 
+def save(stem: Path, variants: list[Variant], record: dict[str, Any], source: dict[str, str]) -> None:
+    config = record["config"]
+    title = f"{config['text']}: causal against StableMask, gamma {config['gamma']}, seed {config['seed']}"
+    draw(variants, stem.with_name(stem.name + ".png"), title)
+    rows = [(name, f"{result['val_loss']:.4f}", f"{result['tokens_per_s']:,.0f}") for name, result in record["variants"].items()]
+    table = report.markdown_table(("variant", "validation loss (nats a byte)", "tokens/s (median step)"), rows)
+    settings = ", ".join(f"{key} {value}" for key, value in config.items())
+    notes = f"![losses]({stem.name}.png)\n\nOne seed, so a difference of a few hundredths is noise. {settings}."
+    report.write(stem, f"A first training: {title}", source, table, notes, record)
+
+
 def draw(variants: list[Variant], path: Path, title: str) -> None:
     """Left: both losses over the steps. Right: what the eye cannot see there, the difference on the validation text."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -363,7 +374,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     argv, size = sys.argv[1:] if argv is None else argv, size or Size()
     parser = report.Parser(prog="python -m benchmarks.lm", description="Train a small decoder: causal against StableMask.")
     parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=600, help="steps of each variant (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3600, help="steps of each variant (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
     parser.add_argument("--gamma", default="headwise", help="headwise, or a number for every head (default %(default)s)")
     parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
@@ -380,11 +391,33 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         stem = report.result_stem(report.out_folder(args.out), "lm", device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    held_out = [pack(rows_RL, device) for rows_RL in validation_RL.split(size.rows)]
+    held_out = [pack(rows_RL, device) for rows_RL in validation_RL.split(16)]
     gamma = gamma.to(device) if isinstance(gamma, Tensor) else gamma
     variants = [
         new_variant("causal", math.inf, size, args.seed, device),
-        new_variant(f"StableMask {args.gamma}", gamma, size, args.seed, device),
+        new_variant("stablemask", gamma, size, args.seed, device),
     ]
+    config = {
+        **asdict(size), "steps": args.steps, "seed": args.seed, "gamma": args.gamma, "text": text.name,
+        "training_files": len(text.training), "training_bytes": sum(map(len, text.training)),
+        "validation_files": len(text.validation), "validation_bytes": sum(map(len, text.validation)),
+        "parameters": sum(p.numel() for p in variants[0].model.parameters()),
+    }  # fmt: skip
+    print(
+        f"{text.name}: {config['training_bytes']:,} bytes of {len(text.training)} files; validation: {len(text.validation)} files"
+    )
     train(variants, training_RL, held_out, size, args.steps, args.seed)
-    # TODO report
+    tokens = size.rows * size.length
+    measured = {
+        v.name: {"val_loss": v.validation[-1][1], "tokens_per_s": tokens / statistics.median(v.seconds)} for v in variants
+    }
+    for name, result in measured.items():
+        print(f"{name:12s} validation {result['val_loss']:.4f} nats a byte   {result['tokens_per_s']:>9,.0f} tokens/s")
+    record = {"benchmark": "lm", "variants": measured, "config": config}
+    save(stem, variants, record, report.environment(shlex.join(["python", "-m", "benchmarks.lm", *argv]), device))
+    print(f"wrote {stem}.png, .md and .json")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
