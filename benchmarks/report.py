@@ -34,9 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 def out_folder(path: Path) -> Path:
     """path as a folder that can be written to, made if need be; OSError, before any work is done, if it cannot be."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"--out: {path} is not a folder")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} is not writable")
+        raise PermissionError(f"--out: {path} is not writable")
     return path
 
 

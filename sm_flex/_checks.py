@@ -15,7 +15,7 @@ def readable(x: Tensor) -> bool:
     """Whether the values of x can be looked at without a graph break or a host synchronisation."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
 
 
 def check_gamma(gamma: Any) -> Tensor:
@@ -104,7 +104,9 @@ def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -
         if layout == "BHSD" and x.shape[0] != query.shape[0]:
             raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, got {x.shape[0]}")
     if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value must have the batch, heads and length of key, {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}")
+        raise ValueError(
+            f"value must have the batch, heads and length of key, {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}"
+        )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the head dim of query, {query.shape[-1]}, got {key.shape[-1]}")
     heads, kv_heads = query.shape[heads_dim], key.shape[heads_dim]
@@ -149,7 +151,9 @@ def check_block_mask(block_mask: Any, query: Any, key: Any) -> None:
         raise ValueError(f"block_mask must be on the device of query, {query.device}, got {block_mask.kv_num_blocks.device}")
     expected, shape = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
     if shape[0] != expected[0] or shape[1] != expected[1]:
-        raise ValueError(f"block_mask must be for (S, T) = {expected}, got {shape}: build it with create_block_mask for these lengths")
+        raise ValueError(
+            f"block_mask must be for (S, T) = {expected}, got {shape}: build it with create_block_mask for these lengths"
+        )
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     if batch not in (1, query.shape[0]) or heads not in (1, query.shape[1]):
         raise ValueError(f"block_mask must be for (1|B, 1|H) of {tuple(query.shape[:2])}, got {(batch, heads)}")
@@ -215,5 +219,6 @@ def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | No
             raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {cu.tolist()}")
     if mask.positions is None and cu_k is not cu_q and readable(cu_q) and not torch.equal(cu_q, cu_k):
         raise ValueError(
-            "positions are required where a document's query and key lengths differ: pass stablemask(..., positions=..., length=...)"
+            "positions are required where a document's query and key lengths differ: "
+            "pass stablemask(..., positions=..., length=...)"
         )

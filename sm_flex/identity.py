@@ -56,9 +56,7 @@ def attend(
     cu_k = None if cu_k is cu_q else cu_k
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    result = _Attend.apply(
-        engine, settings, mass.length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions
-    )
+    result = _Attend.apply(engine, settings, mass.length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
     return result if want_lse else (result, None)
 
 
@@ -81,7 +79,8 @@ class _Attend(torch.autograd.Function):
         return (out, lse) if want_lse else out
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse=None):
+    def backward(ctx, *grad_outputs):
+        grad_out, grad_lse = grad_outputs if len(grad_outputs) == 2 else (grad_outputs[0], None)
         q, k, v, bias, cu_q, cu_k, table, out, lse, *state = ctx.saved_tensors
         wants = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:

@@ -47,7 +47,9 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32 or float64 (less would move the share), got {x.dtype}")
     if out.dim() < 2 or lse.shape != out.shape[:-1]:
-        raise ValueError(f"lse must have the shape of out without its last dimension, {tuple(out.shape[:-1])}, got {tuple(lse.shape)}")
+        raise ValueError(
+            f"lse must have the shape of out without its last dimension, {tuple(out.shape[:-1])}, got {tuple(lse.shape)}"
+        )
     fits = log_mass.dim() <= lse.dim() and all(
         a in (1, b) for a, b in zip(reversed(log_mass.shape), reversed(lse.shape), strict=False)
     )
@@ -65,7 +67,8 @@ class _Remask(torch.autograd.Function):
         return new_out, new_lse
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, grad_lse = grad_outputs
         out, lse, log_mass, new_lse = ctx.saved_tensors
         pseudo = pseudo_share(new_lse, log_mass)
         real = _exp_difference(lse, new_lse)
@@ -121,4 +124,3 @@ def log_mass_grad(grad_out: Tensor, out: Tensor, new_lse: Tensor, log_mass: Tens
     delta = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
     inner = -delta if grad_lse is None else grad_lse - delta
     return (inner * pseudo_share(new_lse, log_mass)).sum_to_size(log_mass.shape)
-

@@ -98,13 +98,10 @@ def remask_kernel(
     new_lse = tl.where(top == float("-inf"), float("-inf"), top + tl.log(1.0 + tl.exp(gap)))
     tl.store(new_lse_ptr + batch * nlse_b + head * nlse_h + at * nlse_s, new_lse, mask=inside)
 
-    # Not (share > bound), so that NaN counts as touched.
-    touched = inside & ~(share > 1.0 - HALF_ULP)
-    if IN_PLACE:
-        work = tl.max(touched.to(tl.int32), 0) > 0
-    else:
-        work = True
-    if work:
+    # 1 - share is exact here, and 1 - HALF_ULP would not be in fp32. Not (... < ...), so that NaN counts as touched.
+    touched = inside & ~(1.0 - share < HALF_ULP)
+    work = tl.sum(touched.to(tl.int32)) if IN_PLACE else 1
+    if work > 0:  # pyright: ignore[reportOperatorIssue]
         column = tl.arange(0, BLOCK_D)
         tile = inside[:, None] & (column < HEAD_DIM)[None, :]
         source = out_ptr + batch * out_b + head * out_h + at[:, None] * out_s + column[None, :] * out_d
@@ -156,8 +153,9 @@ def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> 
     else:
         log_mass, gamma, positions, cu_seqlens, length = mass, None, None, None, 0
     if out.dim() != 4:
-        assert log_mass is not None and not in_place, "only the drop-ins work in place, on four dimensions"
+        assert not in_place, "only the drop-ins work in place, on four dimensions"
         flat_out, flat_lse = out.reshape(-1, 1, *out.shape[-2:]), lse.reshape(-1, 1, lse.shape[-1])
+        assert log_mass is not None, "and they give what log M depends on"
         log_mass = log_mass.expand(lse.shape).reshape(flat_lse.shape)
         new_out, new_lse = remask_op(flat_out, flat_lse, log_mass, None, None, None, 0)
         return new_out.reshape(out.shape), new_lse.reshape(lse.shape)

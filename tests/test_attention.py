@@ -74,9 +74,7 @@ def test_no_mass_left_is_causal_attention(backend: str, gamma: float):
 def test_decode_chunk(backend: str, dtype: torch.dtype, num_queries: int, num_keys: int):
     positions = torch.arange(num_keys - num_queries, num_keys)
     inputs = [*qkv(2, 4, 2, num_queries, num_keys, 8, dtype), gamma_of(4, dtype)]
-    check(
-        flex_with_lse(backend, length=150, positions=positions), inputs, lambda: {"length": 150, "positions": positions}
-    )
+    check(flex_with_lse(backend, length=150, positions=positions), inputs, lambda: {"length": 150, "positions": positions})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,9 +99,7 @@ def test_positions_of_each_row_of_the_batch(backend: str):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, attn_mask: Tensor, **kwargs):
-    out = scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, enable_gqa=True, score_mod=stablemask(gamma, **kwargs)
-    )
+    out = scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=True, score_mod=stablemask(gamma, **kwargs))
     return out, None
 
 
@@ -171,9 +167,7 @@ def test_causal_flag_and_scale_and_value_dim():
 @pytest.mark.parametrize(("batch", "rows"), [(0, 5), (2, 0)])
 def test_empty(batch: int, rows: int):
     q, k, v = (x.requires_grad_() for x in qkv(batch, 4, 2, rows, rows, 8))
-    out, aux = flex_attention(
-        q, k, v, score_mod=stablemask(0.3, length=9), enable_gqa=True, return_aux=AuxRequest(lse=True)
-    )
+    out, aux = flex_attention(q, k, v, score_mod=stablemask(0.3, length=9), enable_gqa=True, return_aux=AuxRequest(lse=True))
     out.sum().backward()
     assert out.shape == (batch, 4, rows, 8)
     assert aux.lse is not None

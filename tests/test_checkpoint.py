@@ -65,7 +65,7 @@ def full(x: Tensor, w: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("run", "calls"), [(layer, 1), (full, 2), (selective, 1)])
 def test_eager(run: Callable[[Tensor, Tensor], Tensor], calls: int):
-    """Saved under a selective checkpoint, the op's own output must not be written to: a remask in place would be applied twice."""
+    """The op's own output, saved under a selective checkpoint, must not be written to: it would be remasked twice."""
     expected, _ = gradients(layer)
     actual, count = gradients(run)
     for a, b in zip(actual, expected, strict=True):
@@ -84,7 +84,7 @@ def test_compiled(run: Callable[[Tensor, Tensor], Tensor], fresh_compiler: None)
 
 
 def test_compiled_selective_saves_the_attention(fresh_compiler: None):
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition  # pyright: ignore
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []

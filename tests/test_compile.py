@@ -64,9 +64,7 @@ def inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def positioned(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    return scaled_dot_product_attention(
-        q, k, v, is_causal=True, score_mod=stablemask(HEADWISE, length=600, positions=positions)
-    )
+    return scaled_dot_product_attention(q, k, v, is_causal=True, score_mod=stablemask(HEADWISE, length=600, positions=positions))
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
@@ -170,8 +168,8 @@ def test_sdpa_kernel_inside_the_region():
 
 def test_the_aten_op_stays_visible():
     """Selective checkpointing policies and FLOP counters find the kernel by its name in the graph."""
+    from functorch.compile import make_boxed_func  # pyright: ignore
     from torch._dynamo.backends.common import aot_autograd
-    from functorch.compile import make_boxed_func
 
     graphs = []
 

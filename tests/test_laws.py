@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def attend(request: Request, backend: str = "AUTO", **changes) -> tuple[Tensor, 
         q, k, v, score_mod=stablemask(mask.pop("gamma"), **mask), enable_gqa=True,
         kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    assert aux.lse is not None
     return out, aux.lse
 
 
@@ -155,12 +157,12 @@ def test_packed_is_one_by_one(request: Request, data: st.DataObject):
     cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=4))})
     cu = torch.tensor(cuts, dtype=torch.int32)
     q, k, v = (x.transpose(1, 2).reshape(total, -1, request.head_dim) for x in request.qkv)
-    longest = max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(cuts))
     out, lse = varlen_attn(
         q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True, return_aux=VarlenAux(lse=True),
         score_mod=stablemask(request.gamma, length=request.length),
     )  # fmt: skip
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         alone = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         expected, expected_lse = oracle(*alone, gamma=request.gamma, length=request.length)
         torch.testing.assert_close(out[a:b].transpose(0, 1).unsqueeze(0), expected, **EXACT)
@@ -207,7 +209,11 @@ def test_batch_and_heads_are_independent(request: Request, backend: str, data: s
     groups = request.heads // request.kv_heads
     heads = (kv_order.unsqueeze(1) * groups + torch.arange(groups)).flatten()
     gamma = request.gamma[heads] if isinstance(request.gamma, Tensor) else request.gamma
-    changes = {"q": request.tensors["q"][:, heads], "k": request.tensors["k"][:, kv_order], "v": request.tensors["v"][:, kv_order]}
+    changes = {
+        "q": request.tensors["q"][:, heads],
+        "k": request.tensors["k"][:, kv_order],
+        "v": request.tensors["v"][:, kv_order],
+    }
     permuted = attend(request, backend, **changes, gamma=gamma)
     torch.testing.assert_close(permuted[0], out[:, heads], **EXACT)
     torch.testing.assert_close(permuted[1], lse[:, heads], **EXACT)

@@ -13,7 +13,7 @@ GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
 LENGTHS = [1, 2, 5, 100, 131072]
 
 
-def exact(gamma: float, p: int, length: int) -> mpmath.mpf:
+def exact(gamma: float, p: int, length: int) -> "mpmath.mpf":  # pyright: ignore
     """log sum_{j=p+1}^{N-1} e^{-j gamma}, or section 4.3's tau for p >= N."""
     with mpmath.workdps(40):
         g, n = mpmath.mpf(gamma), length - 1 - p

@@ -29,7 +29,8 @@ def test_rows_from_the_training_length_on():
 def test_equation_11_matrix():
     """Eq. 29 of appendix C: xi_i = i / (i + sum_{j=i}^{n-1} e^{-j gamma}) for scores 0, i from 1."""
     n, gamma = 7, 0.3
-    out, _ = oracle(*[torch.zeros(1, 1, n, 2)] * 2, torch.ones(1, 1, n, 1), gamma=gamma)
+    q = torch.zeros(1, 1, n, 2)
+    out, _ = oracle(q, q, torch.ones(1, 1, n, 1), gamma=gamma)
     expected = [i / (i + sum(math.exp(-j * gamma) for j in range(i, n))) for i in range(1, n + 1)]
     assert out.flatten().tolist() == pytest.approx(expected)
 

@@ -28,9 +28,10 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out' (B, H, S, Dv), lse' (B, H, S) and, if asked for, the largest score of each row of A_SM (B, H, S)."""
     narrowed = narrow_block_mask(block_mask, q.shape[2], k.shape[2], q.device)
-    out, aux = flex_attention(
+    out, aux = flex_attention(  # pyright: ignore[reportCallIssue]
         q, k, v, score_mod, narrowed, scale, q.shape[1] != k.shape[1],
-        kernel_options=kernel_options or None, return_aux=AuxRequest(lse=True, max_scores=max_scores),
+        kernel_options=kernel_options or None,  # pyright: ignore[reportArgumentType]
+        return_aux=AuxRequest(lse=True, max_scores=max_scores),
     )  # fmt: skip
     if torch.is_grad_enabled() and (out.requires_grad or mass.gamma.requires_grad):
         new_out, lse = remask(out, aux.lse, mass.table(torch.float32))

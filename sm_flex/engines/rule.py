@@ -1,10 +1,10 @@
 """Which engine serves a call. The choice follows from what the call needs, never from a failure of something else.
 
-    torch's flex     an inner score_mod, a block_mask, or options for its kernel, on CUDA
-    flash, cuDNN,    on CUDA, what torch's own scaled_dot_product_attention would take for the same call, so that its
-    efficient        priorities, its limits and sdpa_kernel() contexts hold here too
-    cpu              on a CPU, all that PyTorch's CPU flash op takes
-    dense            everything else: other devices, float64 on CUDA, score_mods and block masks on a CPU, ...
+torch's flex     an inner score_mod, a block_mask, or options for its kernel, on CUDA
+flash, cuDNN,    on CUDA, what torch's own scaled_dot_product_attention would take for the same call, so that its
+efficient        priorities, its limits and sdpa_kernel() contexts hold here too
+cpu              on a CPU, all that PyTorch's CPU flash op takes
+dense            everything else: other devices, float64 on CUDA, score_mods and block masks on a CPU, ...
 """
 
 from typing import NamedTuple
@@ -111,16 +111,17 @@ def _torch_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, nee
 
 
 def _eager_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> int:
+    fused_choice = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
     square, gqa = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if attn_mask is None and not square and q.shape[2] > 1:
-        flash = torch._fused_sdp_choice(q, k, v, None, dropout_p, False, enable_gqa=gqa)
+        flash = fused_choice(q, k, v, None, dropout_p, False, enable_gqa=gqa)
         if flash == SDPBackend.FLASH_ATTENTION.value:
             return flash
         attn_mask = q.new_empty((), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
     causal = attn_mask is None and square and q.shape[2] > 1
-    return torch._fused_sdp_choice(q, k, v, attn_mask, dropout_p, causal, enable_gqa=gqa)
+    return fused_choice(q, k, v, attn_mask, dropout_p, causal, enable_gqa=gqa)
 
 
 @torch._dynamo.assume_constant_result
@@ -157,7 +158,8 @@ def _enabled(backend: str) -> bool:
 def _flex_or_error(q: Tensor, attn_mask: Tensor | None, need: Need, empty: bool) -> str:
     if q.device.type != "cuda":
         raise NotImplementedError(
-            f"kernel_options other than BACKEND, and max_scores, belong to torch's flex kernels on CUDA; query is on {q.device}: leave them out"
+            "kernel_options other than BACKEND, and max_scores, belong to torch's flex kernels on CUDA; "
+            f"query is on {q.device}: leave them out"
         )
     if empty:
         raise NotImplementedError("kernel_options belong to torch's flex kernels, which take no empty tensor: leave them out")
@@ -216,7 +218,11 @@ def _cuda_takes(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor 
     flags = torch.backends.cuda
     causal = attn_mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
     params = flags.SDPAParams(q, k, v, attn_mask, need.dropout_p, causal, q.shape[1] != k.shape[1])
-    can = {"flash": flags.can_use_flash_attention, "cudnn": flags.can_use_cudnn_attention, "efficient": flags.can_use_efficient_attention}
+    can = {
+        "flash": flags.can_use_flash_attention,
+        "cudnn": flags.can_use_cudnn_attention,
+        "efficient": flags.can_use_efficient_attention,
+    }
     return can[engine](params)
 
 

@@ -6,7 +6,7 @@ q, k, v are (T, H, D) as there; out and lse leave as (1, H, T, D) and (1, H, T),
 import math
 
 import torch
-import torch.nn.attention.varlen  # noqa: F401  (registers torch_attn::_varlen_attn)
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from sm_flex.engines import Call, Forward, Gradients, Settings, State
@@ -17,9 +17,7 @@ def forward(call: Call, **newer: object) -> Forward:
     """newer: keywords that only newer torch has (seqused_k, block_table, num_splits), where the caller gave them."""
     at, dim = call.settings, call.q.shape[-1]
     q, k, v = (padded(x) for x in (call.q, call.k, call.v))
-    out, lse, rng = torch.ops.torch_attn._varlen_attn(
-        q, k, v, call.cu_q, call.cu_k, at.max_q, at.max_k, *_causal(at), **newer
-    )
+    out, lse, rng = torch.ops.torch_attn._varlen_attn(q, k, v, call.cu_q, call.cu_k, at.max_q, at.max_k, *_causal(at), **newer)
     if at.may_be_dead:
         lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
     return to_bhsd(out[..., :dim]), lse.unsqueeze(0), (rng,)

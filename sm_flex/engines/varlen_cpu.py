@@ -20,7 +20,6 @@ BLOCK = 512
 
 def forward(call: Call) -> Forward:
     at = call.settings
-    assert call.cu_q is not None and call.cu_k is not None, "varlen_attn checks its bounds"
     out, lse = torch.ops.sm_flex.varlen_cpu(call.q, call.k, call.v, call.cu_q, call.cu_k, at.window, at.scale)
     return to_bhsd(out), lse.unsqueeze(0), ()
 
@@ -34,9 +33,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
 
 
 @torch.library.custom_op("sm_flex::varlen_cpu", mutates_args={}, device_types="cpu")
-def _varlen_cpu(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, keys, causal, bias in _pieces(cu_q, cu_k, window, q.dtype):
@@ -98,9 +95,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _pieces(
-    cu_q: Tensor, cu_k: Tensor, window: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+def _pieces(cu_q: Tensor, cu_k: Tensor, window: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     """(rows, keys, causal, bias) of each piece to be attended by itself: a document, or a block of rows of a window."""
     documents = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
     for (first, end), (first_key, end_key) in documents:

@@ -1,0 +1,162 @@
+"""From a checked request to (out', lse'): pick the engine, hand it what it needs, run it.
+
+identity.py runs the library kernels; torch's flex and the dense engine differentiate by themselves.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from sm_flex import _checks, identity, visibility
+from sm_flex.engines import Call, Settings, dense, flex, rule, varlen
+from sm_flex.mass import Mass
+from sm_flex.remask import epilogue
+from sm_flex.score_mod import ScoreMod, StableMask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: StableMask,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+    attn_mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "AUTO",
+    flex_options: dict[str, Any] | None = None,
+    max_scores: bool = False,
+    want_lse: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out' (B, H, S, Dv), lse' (B, H, S) if wanted, and the row maxima if wanted."""
+    _checks.check_qkv(q, k, v, enable_gqa, "BHSD")
+    _checks.check_scale(scale)
+    _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(scale or 0.0)
+    need = rule.Need(
+        score_mod=mask.score_mod is not None,
+        block_mask=block_mask is not None,
+        flex_options=bool(flex_options) or max_scores,
+        dropout_p=dropout_p,
+        lse_grad=want_lse and torch.is_grad_enabled(),
+    )
+    mass = mask.mass(q.device, q.shape[2], k.shape[2])
+    with _no_autocast(q.device):
+        engine = rule.choose(q, k, v, attn_mask, need, backend)
+        if engine == "flex":
+            return flex.attend(
+                q, k, v, mass, scale=scale, score_mod=mask.score_mod, block_mask=block_mask,
+                kernel_options=flex_options or {}, max_scores=max_scores,
+            )  # fmt: skip
+        if engine == "dense":
+            out, lse = _dense(q, k, v, mass, mask.score_mod, attn_mask, block_mask, scale, dropout_p)
+        else:
+            out, lse = _kernel(engine, q, k, v, mass, attn_mask, scale, dropout_p, want_lse)
+    return out, lse, None
+
+
+def _kernel(
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mass: Mass,
+    attn_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    bias = None
+    if attn_mask is not None or rule.needs_bias(engine, q, k):
+        bias = visibility.causal_bias(attn_mask, num_queries, num_keys, q.dtype, q.device)
+    # A single query sees every key. The CPU op takes both a bias and its own flag, which skips the upper triangle.
+    causal = num_queries > 1 and (bias is None or (engine == "cpu" and num_queries == num_keys))
+    settings = Settings(causal, scale, dropout_p, may_be_dead=causal and num_queries > num_keys)
+    return identity.attend(engine, q, k, v, bias, mass, settings, want_lse=want_lse)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mass: Mass,
+    score_mod: ScoreMod | None,
+    attn_mask: Tensor | None,
+    block_mask: BlockMask | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if block_mask is not None:
+        rows = visibility.block_mask_rows(block_mask, num_queries, num_keys, q.shape[1], q.shape[0])
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        rows = visibility.bool_mask_rows(attn_mask, num_queries, num_keys)
+    else:
+        rows = visibility.causal_rows(num_queries, num_keys, q.device)
+    bias = None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        bias = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p)
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    mask: StableMask,
+    *,
+    scale: float | None,
+    window: int,
+    paged: dict[str, Any],
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents."""
+    _checks.check_scale(scale)
+    q, k, v, _ = _autocast(q, k, v, None)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    mass = mask.mass(q.device, q.shape[0], k.shape[0], cu_q if mask.positions is None else None)
+    settings = Settings(True, scale, 0.0, cu_q is not cu_k, window, max_q, max_k)
+    with _no_autocast(q.device):
+        if paged:
+            call = Call(q, k, v, None, cu_q, cu_k, settings)
+            out, lse, _ = varlen.forward(call, **paged)
+            return epilogue(out, lse, mass, in_place=True)
+        assert cu_k is not None, "only a paged cache has no cu_seq_k"
+        engine = rule.choose_packed(q, k, v)
+        if engine == "dense":
+            rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
+            q, k, v = (varlen.to_bhsd(x) for x in (q, k, v))
+            return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale)
+        return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What autocast does to scaled_dot_product_attention: floating inputs but float64 take its dtype."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if q.dtype != torch.float64:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+    return q, k, v, attn_mask
+
+
+def _no_autocast(device: torch.device) -> Any:
+    """The engines choose their own precision: nothing inside them may be cast."""
+    return torch.autocast(device.type, enabled=False)
