@@ -198,7 +198,8 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         "parameters": sum(p.numel() for p in variants[0].model.parameters()),
     }  # fmt: skip
     print(
-        f"{text.name}: {config['training_bytes']:,} bytes of {len(text.training)} files; validation: {len(text.validation)} files"
+        f"{text.name}: {len(text.training)} documents, {config['training_bytes']:,} bytes; "
+        f"validation: {len(text.validation)} documents, {config['validation_bytes']:,} bytes"
     )
     train(variants, training_RL, held_out, size, args.steps, args.seed)
     tokens = size.rows * size.length

@@ -136,7 +136,7 @@ def attend_packed(
         engine = rule.choose_packed(q, k, v)
         if engine == "dense":
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
-            q, k, v = (varlen.to_bhsd(x) for x in (q, k, v))
+            q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
             return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale)
         return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)
 
@@ -151,7 +151,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tupl
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if q.dtype != torch.float64:
-            q, k, v = (x.to(dtype) for x in (q, k, v))
+            q, k, v = [x.to(dtype) for x in (q, k, v)]
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)
     return q, k, v, attn_mask

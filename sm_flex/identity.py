@@ -100,7 +100,7 @@ class _Attend(torch.autograd.Function):
             call, grad_out, out = _widened(call, grad_out, out, grad_lse)
         dq, dk, dv, dbias = ENGINES[ctx.engine].backward(call, grad_out, out, kernel_lse, tuple(state), wants[8])
         if grad_lse is not None:
-            dq, dk, dv = (x[..., :dim] for x in (dq, dk, dv))
+            dq, dk, dv = [x[..., :dim] for x in (dq, dk, dv)]
         return None, None, None, None, None, dq, dk, dv, dbias, None, None, dtable, None, None
 
 
@@ -111,7 +111,7 @@ def _widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tup
         columns.append(rest.to(out.dtype))
         rest = rest - columns[-1].to(rest.dtype)
     extra = pad(torch.stack(columns, dim=-1), (0, WIDENING - PIECES))
-    q, k, v = (pad(x, (0, WIDENING)) for x in (call.q, call.k, call.v))
+    q, k, v = [pad(x, (0, WIDENING)) for x in (call.q, call.k, call.v)]
     ones = torch.ones_like(extra)
     return (
         call._replace(q=q, k=k, v=v),

@@ -56,7 +56,7 @@ def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_
     if block_mask.full_kv_num_blocks is not None:
         full = _dense_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
     mask_mod = vmap_bhqk(block_mask.mask_mod)
-    b, h, kv = (torch.arange(n, device=device) for n in (batch, num_heads, num_keys))
+    b, h, kv = [torch.arange(n, device=device) for n in (batch, num_heads, num_keys)]
 
     def rows(start: int, end: int) -> Tensor:
         q = torch.arange(start, end, device=device)

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 
 def forward(call: Call) -> Forward:
     at = call.settings
-    q, k, v = (rows_contiguous(x) for x in (call.q, call.k, call.v))
+    q, k, v = [rows_contiguous(x) for x in (call.q, call.k, call.v)]
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, _expanded(call), True, at.dropout_p, at.causal, False, scale=at.scale
     )
@@ -19,7 +19,7 @@ def forward(call: Call) -> Forward:
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at = call.settings
-    grad_out, q, k, v = (rows_contiguous(x) for x in (grad_out, call.q, call.k, call.v))
+    grad_out, q, k, v = [rows_contiguous(x) for x in (grad_out, call.q, call.k, call.v)]
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, q, k, v, out, lse.unsqueeze(-1), *state, _expanded(call), None, None, q.shape[2], k.shape[2],
         at.dropout_p, at.causal, scale=at.scale,

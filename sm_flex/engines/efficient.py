@@ -38,7 +38,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
 
 
 def _inputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (rows_contiguous(x) for x in (call.q, call.k, call.v))
+    q, k, v = [rows_contiguous(x) for x in (call.q, call.k, call.v)]
     groups = q.shape[1] // k.shape[1]
     return (q, k, v) if groups == 1 else (q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
 

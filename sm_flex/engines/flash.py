@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def forward(call: Call) -> Forward:
     at, dim = call.settings, call.q.shape[-1]
-    q, k, v = (padded(x) for x in (call.q, call.k, call.v))
+    q, k, v = [padded(x) for x in (call.q, call.k, call.v)]
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, at.dropout_p, at.causal, False, scale=at.scale
     )
@@ -27,13 +27,13 @@ def forward(call: Call) -> Forward:
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at, dim = call.settings, call.q.shape[-1]
-    grad_out, q, k, v, out = (padded(x) for x in (grad_out, call.q, call.k, call.v, out))
+    grad_out, q, k, v, out = [padded(x) for x in (grad_out, call.q, call.k, call.v, out)]
     if at.may_be_dead:
         lse = lse.masked_fill(lse == -math.inf, math.inf)
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], at.dropout_p, at.causal, *state, scale=at.scale
     )
-    dq, dk, dv = (x[..., :dim] for x in grads)
+    dq, dk, dv = [x[..., :dim] for x in grads]
     return dq, dk, dv, None
 
 

@@ -16,7 +16,7 @@ from sm_flex.engines.flash import padded
 def forward(call: Call, **newer: object) -> Forward:
     """newer: keywords that only newer torch has (seqused_k, block_table, num_splits), where the caller gave them."""
     at, dim = call.settings, call.q.shape[-1]
-    q, k, v = (padded(x) for x in (call.q, call.k, call.v))
+    q, k, v = [padded(x) for x in (call.q, call.k, call.v)]
     out, lse, rng = torch.ops.torch_attn._varlen_attn(q, k, v, call.cu_q, call.cu_k, at.max_q, at.max_k, *_causal(at), **newer)
     if at.may_be_dead:
         lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
@@ -25,7 +25,7 @@ def forward(call: Call, **newer: object) -> Forward:
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at, dim = call.settings, call.q.shape[-1]
-    grad_out, q, k, v, out = (padded(x) for x in (to_thd(grad_out), call.q, call.k, call.v, to_thd(out)))
+    grad_out, q, k, v, out = [padded(x) for x in (to_thd(grad_out), call.q, call.k, call.v, to_thd(out))]
     lse = lse.squeeze(0)
     if at.may_be_dead:
         lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -33,7 +33,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
     grads = torch.ops.torch_attn._varlen_attn_backward(
         grad_out, q, k, v, out, lse, call.cu_q, call.cu_k, at.max_q, at.max_k, is_causal, state[0], scale, window
     )
-    dq, dk, dv = (x[..., :dim] for x in grads)
+    dq, dk, dv = [x[..., :dim] for x in grads]
     return dq, dk, dv, None
 
 
