@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, FlexKernelOptions
 
 from sm_flex import _checks
-from sm_flex.dispatch import attend, attend_packed
+from sm_flex.dispatch import attend, attend_packed, autocast
 from sm_flex.engines import rule, varlen
 from sm_flex.score_mod import ScoreMod, StableMask
 
@@ -114,6 +114,7 @@ def flex_attention(
             kernel_options,  # pyright: ignore[reportArgumentType]
             return_aux=return_aux,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
+    query, key, value = autocast(query, key, value)
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are one request twice: use return_aux=AuxRequest(lse=True)")
     if block_mask is not None and not isinstance(block_mask, BlockMask):
@@ -174,6 +175,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     _only_stablemask(score_mod, "scaled_dot_product_attention")
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _checks.check_dropout(dropout_p)
     _checks.check_qkv(query, key, value, enable_gqa, "BHSD")
     if is_causal and attn_mask is not None:
@@ -284,6 +286,7 @@ def varlen_attn(
             max_q, max_k, return_aux=return_aux, scale=scale, window_size=window_size, **newer,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     _only_stablemask(score_mod, "varlen_attn")
+    query, key, value = autocast(query, key, value)
     paged = {name: newer[name] for name in ("seqused_k", "block_table", "num_splits") if name in newer}
     _checks.check_varlen(query, key, value, cu_seq_q, cu_seq_k, window_size, enable_gqa, score_mod, paged)
     missing = [name for name in paged if name not in _VARLEN_KEYWORDS]

@@ -4,6 +4,7 @@ identity.py runs the library kernels; torch's flex and the dense engine differen
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ def attend(
     _checks.check_qkv(q, k, v, enable_gqa, "BHSD")
     _checks.check_scale(scale)
     _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(scale or 0.0)
     need = rule.Need(
         score_mod=mask.score_mod is not None,
@@ -123,7 +123,6 @@ def attend_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents."""
     _checks.check_scale(scale)
-    q, k, v, _ = _autocast(q, k, v, None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     mass = mask.mass(q.device, q.shape[0], k.shape[0], cu_q if mask.positions is None else None)
     settings = Settings(True, scale, 0.0, cu_q is not cu_k, window, max_q, max_k)
@@ -145,18 +144,21 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What autocast does to scaled_dot_product_attention: floating inputs but float64 take its dtype."""
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        if q.dtype != torch.float64:
-            q, k, v = [x.to(dtype) for x in (q, k, v)]
-            if attn_mask is not None and attn_mask.is_floating_point():
-                attn_mask = attn_mask.to(dtype)
-    return q, k, v, attn_mask
+def _autocasts(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device.type)
 
 
-def _no_autocast(device: torch.device) -> Any:
+def autocast(*inputs: Any) -> list[Any]:
+    """What autocast does to the inputs of scaled_dot_product_attention: floating tensors but float64 take its dtype."""
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not _autocasts(x.device) or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    return [cast(x) for x in inputs]
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
     """The engines choose their own precision: nothing inside them may be cast."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()

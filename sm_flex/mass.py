@@ -70,7 +70,7 @@ def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
 
     Example:
         >>> log_mass(0.0, torch.tensor([0, 1, 2, 3]), length=4).exp()
-        tensor([[3.0000, 2.0000, 1.0000, 0.0000]])
+        tensor([[3., 2., 1., 0.]])
     """
     from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions
 

@@ -367,6 +367,8 @@ def test_autocast_as_sdpa(dtype: torch.dtype):
         masked = scaled_dot_product_attention(q, k, v, attn_mask=mask, score_mod=stablemask(0.3))
         dense = flex_attention(q, k, v, score_mod=stablemask(0.3, score_mod=alibi))
         assert isinstance(dense, Tensor)
+        mixed = flex_attention(q, k.to(dtype), v, score_mod=stablemask(0.3))
+        assert isinstance(mixed, Tensor)
         wide = flex_attention(q.double(), k.double(), v.double(), score_mod=stablemask(0.3))
         assert isinstance(wide, Tensor)
     assert out.dtype == masked.dtype == dense.dtype == expected == dtype
@@ -374,6 +376,7 @@ def test_autocast_as_sdpa(dtype: torch.dtype):
     direct = flex_attention(q.to(dtype), k.to(dtype), v.to(dtype), score_mod=stablemask(0.3))
     assert isinstance(direct, Tensor)
     assert torch.equal(out, direct)
+    assert torch.equal(mixed, direct)
 
 
 def test_sdpa_kernel_is_honoured(monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from gpu_problems import DEVICE, name_of
 from torch import Tensor
-from torch.autograd import DeviceType
 
 from sm_flex.mass import Mass
 from sm_flex.remask import shares
@@ -32,8 +31,8 @@ MASSES = {
 
 def mass_of(name: str) -> Mass:
     gamma, positions, cu_seqlens, length, num_queries = MASSES[name]()
-    placed = [None if x is None else x.to(DEVICE) for x in (positions, cu_seqlens)]
-    return Mass(gamma.to(DEVICE), *placed, length, num_queries)
+    positions, cu_seqlens = (None if x is None else x.to(DEVICE) for x in (positions, cu_seqlens))
+    return Mass(gamma.to(DEVICE), positions, cu_seqlens, length, num_queries)
 
 
 def problem(dim: int, dtype: torch.dtype, layout: str = "BSHD") -> tuple[Tensor, Tensor]:
@@ -94,9 +93,9 @@ def test_log_mass_inside(name: str, dtype: torch.dtype):
     judge(out, lse, mass, *both_ways(out, lse, mass))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD", "wide"])
-@pytest.mark.parametrize("dim", [1, 40, 64, 128, 256])
+@pytest.mark.parametrize("dim", [1, 40, 256])
 def test_layouts_and_head_dims(layout: str, dim: int, dtype: torch.dtype):
     out, lse = problem(dim, dtype, layout)
     mass = mass_of("one a head")
@@ -123,7 +122,7 @@ def test_one_launch(name: str, in_place: bool):
     with torch.profiler.profile(activities=activities) as profile:
         launch(out, lse, mass, in_place=in_place)
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    kernels = [event.name for event in profile.events() or () if event.device_type.name == "CUDA"]
     assert len(kernels) == 1
     assert "remask_kernel" in kernels[0]
 
@@ -154,7 +153,7 @@ def values_of(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_skipping_changes_no_bit(dtype: torch.dtype):
-    """Whole tiles of one lse near the bound, each once more with a single row that wakes it: in place skips, out of place never."""
+    """Whole tiles of one lse near the bound, and again with one row that wakes each: in place skips, out of place never."""
     values = values_of(dtype)
     rows, _ = block_shape(values.numel(), dtype.itemsize)
     lse = torch.tensor(lse_around_the_bound(dtype), device=DEVICE).repeat_interleave(rows)

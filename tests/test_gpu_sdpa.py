@@ -50,10 +50,11 @@ def test_boolean_mask(
         check(sdpa, inputs, lambda m: {"visible": m, "length": 37})
         assert used == ([] if engine is None else [engine])
         # Not learned: the kernel works log M out by itself.
-        fast, _ = sdpa(*inputs[:3], inputs[3].detach(), inputs[4])
+        q, k, v, gamma, attn_mask = inputs
+        fast, _ = sdpa(q, k, v, gamma, attn_mask)
     assert fast[:, :, 0].abs().max() == 0
-    table, _ = oracle(*inputs[:3], gamma=inputs[3], visible=inputs[4])
-    torch.testing.assert_close(fast.double(), table, atol=2**-6, rtol=2**-6)
+    reference, _ = oracle(q, k, v, gamma=gamma, visible=attn_mask)
+    torch.testing.assert_close(fast.double(), reference, atol=2**-6, rtol=2**-6)
 
 
 @pytest.mark.parametrize("kernel", [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -107,18 +108,18 @@ DROPOUT = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EF
 @pytest.mark.parametrize("kernel", DROPOUT)
 def test_dropout_drops_attention_and_never_the_mass(kernel: SDPBackend):
     """With values 1 the output is the row's undropped share on average; the mass takes its part whatever is dropped."""
-    q, k, _ = qkv(1, 64, 64, 64, 64, 64, torch.float16, DEVICE)
+    q, k, _ = qkv(16, 64, 64, 64, 64, 64, torch.float16, DEVICE)
     v = torch.ones_like(q)
     mask = stablemask(0.05, length=80)
     with sdpa_kernel(kernel):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5, score_mod=mask).float()
         share = scaled_dot_product_attention(q, k, v, is_causal=True, score_mod=mask).float()
-    assert not torch.equal(out, share)
-    torch.testing.assert_close(out.mean(1), share.mean(1), atol=0.25, rtol=0)
+    ratio = (out / share)[..., 0]
+    # Of 1024 draws; the mean of row 0, which varies most, is 1 with a deviation of 1/32.
+    torch.testing.assert_close(ratio.mean((0, 1)), torch.ones(64, device=DEVICE), atol=0.2, rtol=0)
     # Row 0 has one real score: it is dropped, or doubled.
-    ratio = (out / share)[0, :, 0, 0]
-    assert torch.all((ratio == 0) | ((ratio - 2).abs() < 2e-3))
-    assert 0 < (ratio < 1).sum() < 64
+    assert torch.all((ratio[..., 0] == 0) | ((ratio[..., 0] - 2).abs() < 2e-3))
+    assert 400 < (ratio[..., 0] == 0).sum() < 624
 
 
 @pytest.mark.parametrize("kernel", DROPOUT)
@@ -198,3 +199,15 @@ def test_the_automatic_engine_is_torchs_own(dtype: torch.dtype, kv_heads: int, c
         scaled_dot_product_attention(q, k, v, score_mod=mask, **kwargs)
     # torch's own math is an op of that name too.
     assert ours.names == [name for name in theirs.names if "_math" not in name]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_chunk_of_queries_is_left_to_flash(kv_heads: int, monkeypatch: pytest.MonkeyPatch):
+    """Flash alone aligns S != T to the end by itself: no kernel that would need a bias for it goes first, nor dense."""
+    q, k, v = qkv(2, 4, kv_heads, 5, 61, 64, torch.bfloat16, DEVICE)
+    mask = stablemask(0.3, length=70, positions=torch.arange(56, 61, device=DEVICE))
+    with engines_used(monkeypatch) as used:
+        flex_attention(q, k, v, score_mod=mask, enable_gqa=True)
+        flex_attention(q.float(), k.float(), v.float(), score_mod=mask, enable_gqa=True)
+    assert used[0] == "flash"
+    assert used[1:] in ([], ["efficient"])
