@@ -400,3 +400,55 @@ def test_a_number_is_kept_in_float64():
     q, k, v = qkv(1, 2, 2, 40, 40, 8)
     out = flex_attention(q, k, v, score_mod=stablemask(0.1))
     torch.testing.assert_close(out, oracle(q, k, v, gamma=0.1)[0], rtol=0, atol=1e-13)
+
+
+def test_a_rolled_cache_gives_the_same_step():
+    """One query against a ring buffer: the keys' order in their slots does not matter, its position does."""
+    q, k, v = qkv(2, 4, 2, 1, 11, 8)
+    mask = stablemask(0.2, length=32, positions=torch.tensor([19]))
+    straight = flex_attention(q, k, v, score_mod=mask, enable_gqa=True)
+    rolled = flex_attention(q, k.roll(4, 2), v.roll(4, 2), score_mod=mask, enable_gqa=True)
+    torch.testing.assert_close(rolled, straight)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_spread_as_in_causal_attention(name: str, value: float):
+    """In the output and the gradients of the same engine: not one element further, not one less."""
+    inputs = dict(zip("qkv", qkv(1, 2, 2, 40, 40, 8), strict=True))
+    inputs[name][0, 0, 17, 3] = value
+
+    def finite(fn) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        out = fn(*leaves)
+        return [torch.isfinite(x) for x in (out, *torch.autograd.grad(out.sum(), leaves))]
+
+    plain = finite(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    ours = finite(lambda q, k, v: flex_attention(q, k, v, score_mod=stablemask(0.2, length=64)))
+    assert not all(x.all() for x in plain)
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_devices_are_served_by_the_dense_engine(monkeypatch: pytest.MonkeyPatch):
+    """What MPS and XPU would run, on the meta device: shapes, dtypes and devices of every drop-in, forward and backward."""
+    q, k, v = (torch.empty(2, 4, 7, 8, device="meta", requires_grad=True) for _ in range(3))
+    mask = stablemask(0.5, length=9)
+    block_mask = create_block_mask(lambda b, h, i, j: i - j < 3, None, None, 7, 7, device="meta")
+    outs = [
+        flex_attention(q, k, v, score_mod=mask),
+        flex_attention(q, k, v, score_mod=mask, block_mask=block_mask),
+        scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1, score_mod=mask),
+    ]
+    cu = torch.empty(3, device="meta", dtype=torch.int32)
+    flat = (x[0].transpose(0, 1) for x in (q, k, v))
+    outs.append(varlen_attn(*flat, cu, cu, 4, 4, window_size=(-1, 0), score_mod=mask))
+    for out in outs:
+        assert isinstance(out, Tensor)
+        assert out.device.type == "meta"
+        assert out.dtype == torch.float32
+        out.sum().backward()
+    assert outs[0].shape == (2, 4, 7, 8)
+    assert outs[-1].shape == (7, 4, 8)
+    with pytest.raises(NotImplementedError, match="FLASH_ATTENTION cannot serve.*MATH is the only one"):
+        flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": "FLASH_ATTENTION"})

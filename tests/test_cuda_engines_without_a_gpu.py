@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 
 from sm_flex import identity
 from sm_flex.engines import Call, Settings, rule
@@ -69,6 +70,23 @@ def test_varlen_calls_fit_the_op(dim: int):
         grads = module.backward(call, torch.empty_like(out), out, lse, state, False)
         for grad, x in zip(grads[:3], (q, k, v), strict=True):
             assert grad.shape == x.shape
+
+
+@fake_cuda
+@pytest.mark.parametrize("engine", ["flash", "cudnn", "efficient"])
+def test_flops_are_counted_as_torchs_own(engine: str):
+    """The aten op is what FlopCounterMode sees, forward and backward: the sum is that of the plain op with the same sizes."""
+    backward_over_forward = 2.5
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (fake(2, 4, 64, 32) for _ in range(3))
+        call = Call(q, k, v, None, None, None, Settings(True, 0.1))
+        module = identity.ENGINES[engine]
+        with FlopCounterMode(display=False) as forward:
+            out, lse, state = module.forward(call)
+        with FlopCounterMode(display=False) as backward:
+            module.backward(call, torch.empty_like(out), out, lse, state, False)
+    assert forward.get_total_flops() == 2 * 2 * 2 * 4 * 64 * 64 * 32
+    assert backward.get_total_flops() == backward_over_forward * forward.get_total_flops()
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need, **kwargs) -> str:
