@@ -108,4 +108,4 @@ def rope_table(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 def rotate(x_THD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     a, b = x_THD.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x_THD)  # the table is float32

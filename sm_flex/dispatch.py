@@ -132,7 +132,7 @@ def attend_packed(
             out, lse, _ = varlen.forward(call, **paged)
             return epilogue(out, lse, mass, in_place=True)
         assert cu_k is not None, "only a paged cache has no cu_seq_k"
-        engine = rule.choose_packed(q, k, v)
+        engine = rule.choose_packed(q, k, want_lse and torch.is_grad_enabled())
         if engine == "dense":
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
             q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]

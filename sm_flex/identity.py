@@ -2,7 +2,7 @@
 
 Call the library's ordinary backward with out' and lse'. It rebuilds P' = exp(score - lse'), which are StableMask's
 probabilities, and delta = rowsum(grad_out * out'), which is what dS = P' * (dP - delta) needs, since the pseudo columns
-have value 0. Nothing differentiates through lse (DESIGN section 1 of the paper's eq. 11).
+have value 0. Nothing differentiates through lse.
 
 A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place of delta is the
 same thing, and every kernel computes delta from grad_out and out': widened by columns in which grad_out is 1 and out' is
@@ -73,7 +73,7 @@ class _Attend(torch.autograd.Function):
         if table is None:
             mass = Mass(gamma, positions, cu_q if restarts else None, length, out.shape[2])
         out, lse = epilogue(out, lse, mass, in_place=True)
-        ctx.engine, ctx.settings, ctx.num_state = engine, settings, len(state)
+        ctx.engine, ctx.settings = engine, settings
         ctx.save_for_backward(q, k, v, bias, cu_q, cu_k, table, out, lse, *state)
         ctx.set_materialize_grads(False)
         return (out, lse) if want_lse else out

@@ -2,15 +2,22 @@
 
     s = sigmoid(lse - log M),   out' = s * out,   lse' = logaddexp(lse, log M)
 
-s is the real share of the row, alpha_i in section 4.2. Plain PyTorch here; remask_kernel.py is the same in one Triton
-launch, for a GPU.
+Plain PyTorch here; remask_kernel.py is the same in one Triton launch, for a GPU.
 """
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sm_flex.mass import Mass
+from sm_flex.share import exp_difference, pseudo_share, shares
+
+# Imported here and not where it is called, which may be traced; a CPU build of torch comes without Triton.
+HAS_KERNEL = torch.version.cuda is not None and find_spec("triton") is not None
+if HAS_KERNEL:
+    from sm_flex import remask_kernel
 
 
 def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,7 @@ class _Remask(torch.autograd.Function):
         grad_out, grad_lse = grad_outputs
         out, lse, log_mass, new_lse = ctx.saved_tensors
         pseudo = pseudo_share(new_lse, log_mass)
-        real = _exp_difference(lse, new_lse)
+        real = exp_difference(lse, new_lse)
         grad_s = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
         slope = grad_s * real * pseudo
         return (
@@ -88,9 +95,7 @@ def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -
     (an eager selective checkpoint does). lse' is always a new tensor.
     """
     in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
-    if out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
-        from sm_flex import remask_kernel
-
+    if HAS_KERNEL and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
         return remask_kernel.launch(out, lse, mass, in_place=in_place)
     if isinstance(mass, Mass):
         mass = mass.table(lse.dtype)
@@ -99,24 +104,6 @@ def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -
     if in_place and not torch.compiler.is_compiling():
         return out.mul_(share), new_lse
     return out * share, new_lse
-
-
-def shares(lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The real share s of each row and lse'."""
-    dead = torch.isneginf(lse)
-    share = torch.sigmoid(lse.masked_fill(dead, 0.0) - log_mass).masked_fill(dead, 0.0)
-    return share, torch.logaddexp(lse, log_mass)
-
-
-def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
-    """1 - s = exp(log M - lse'), accurate where s rounds to 1."""
-    return _exp_difference(log_mass, new_lse)
-
-
-def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """exp(a - b), 0 where a is -inf (a dead row has b = -inf too)."""
-    gone = torch.isneginf(a)
-    return torch.exp(a.masked_fill(gone, 0.0) - b).masked_fill(gone | torch.isneginf(b), 0.0)
 
 
 def log_mass_grad(grad_out: Tensor, out: Tensor, new_lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from sm_flex.mass import HUGE, Mass
-from sm_flex.remask import shares
+from sm_flex.share import shares
 
 # 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}

@@ -112,6 +112,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need,
         (SDPBackend.CUDNN_ATTENTION, rule.Need(), {"masked": True, "mask_grad": True}, "dense"),
         (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 128}, "flash"),
         (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 64}, "cudnn"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "dense"),
+        (SDPBackend.EFFICIENT_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "efficient"),
         (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {}, "flex"),
         (SDPBackend.FLASH_ATTENTION, rule.Need(block_mask=True), {}, "flex"),
         (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {"masked": True}, "dense"),
@@ -151,6 +153,7 @@ def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatc
     [
         ("cuda", torch.bfloat16, 64, "varlen"),
         ("cuda", torch.float32, 64, "dense"),
+        ("cuda", torch.bfloat16, 256, "varlen"),
         ("cuda", torch.bfloat16, 264, "dense"),
         ("cpu", torch.float64, 264, "varlen_cpu"),
         ("meta", torch.float32, 64, "dense"),
@@ -159,7 +162,8 @@ def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatc
 def test_who_serves_packed_documents(device: str, dtype: torch.dtype, dim: int, engine: str):
     with FakeTensorMode():
         q = torch.empty(7, 4, dim, device=device, dtype=dtype)
-        assert rule.choose_packed(q, q, q) == engine
+        assert rule.choose_packed(q, q, lse_grad=False) == engine
+        assert rule.choose_packed(q, q, lse_grad=True) == ("dense" if dim > 248 and device == CUDA else engine)
 
 
 @pytest.mark.parametrize("block", [16, 128])

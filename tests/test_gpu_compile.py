@@ -110,7 +110,7 @@ def test_at_most_three_graphs_over_five_lengths_of_a_cache():
 
 
 def test_every_dimension_dynamic():
-    """mark_dynamic on batch, heads and length: the engine is still chosen while tracing."""
+    """dynamic=True asks it of heads and head dim too: the engine is still chosen while tracing."""
     compiled = torch.compile(flex_with_lse("AUTO", length=200), fullgraph=True, dynamic=True)
     for rows in (61, 139):
         check(compiled, problem(rows), lambda: {"length": 200})

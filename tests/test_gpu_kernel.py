@@ -119,7 +119,7 @@ def test_one_launch(name: str, in_place: bool):
     launch(out, lse, mass, in_place=in_place)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         launch(out, lse, mass, in_place=in_place)
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() or () if event.device_type.name == "CUDA"]

@@ -1,4 +1,4 @@
-"""The laws of StableMask, on requests that hypothesis draws: dimensions, rates and a seed (DESIGN section 5)."""
+"""The laws of StableMask, on requests that hypothesis draws: dimensions, rates and a seed."""
 
 import dataclasses
 import math

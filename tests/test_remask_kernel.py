@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
 from sm_flex import remask_kernel as rk
 from sm_flex.mass import Mass
-from sm_flex.remask import shares
+from sm_flex.share import shares
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -26,6 +26,8 @@ SDPA_BACKENDS = {
     "EFFICIENT_ATTENTION": "efficient",
     "MATH": "dense",
 }
+# The gradient of lse widens the head dim by 8 (identity.py), which must stay within what the kernel takes.
+WIDEST_WITH_LSE_GRAD = {"flash": 248, "cudnn": 120, "varlen": 248}
 BEFORE_2_13, BEFORE_2_14 = torch.__version__ < "2.13", torch.__version__ < "2.14"
 BACKENDS = ("AUTO", *SDPA_BACKENDS, *FLEX_BACKENDS)
 
@@ -87,9 +89,17 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Ne
     choice = ENGINE_OF.get(_torch_choice(q, k, v, attn_mask, need), "dense")
     if choice == "cudnn" and attn_mask is not None and attn_mask.requires_grad:
         return "dense"
-    if choice == "cudnn" and need.lse_grad and max(q.shape[-1], v.shape[-1]) > 120:
-        # The gradient of lse widens the head dim by 8 (identity.py), beyond what cuDNN takes.
-        return "flash" if attn_mask is None and _enabled("FLASH_ATTENTION") else "dense"
+    widest = max(q.shape[-1], v.shape[-1])
+    if (
+        need.lse_grad
+        and choice == "cudnn"
+        and widest > WIDEST_WITH_LSE_GRAD["cudnn"]
+        and attn_mask is None
+        and _enabled("FLASH_ATTENTION")
+    ):
+        choice = "flash"
+    if need.lse_grad and widest > WIDEST_WITH_LSE_GRAD.get(choice, widest):
+        return "dense"
     return choice
 
 
@@ -201,6 +211,8 @@ def _named(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need
     if q.device.type != "cuda":
         raise refuse(f"query is on {q.device}, where MATH is the only one")
     engine = SDPA_BACKENDS[backend]
+    if need.lse_grad and max(q.shape[-1], v.shape[-1]) > WIDEST_WITH_LSE_GRAD.get(engine, 1 << 30):
+        raise refuse(f"with a log-sum-exp that has a gradient it takes head dims up to {WIDEST_WITH_LSE_GRAD[engine]}")
     if not _cuda_takes(engine, q, k, v, attn_mask, need):
         raise refuse("torch's kernel does not take this device, dtype, shape or mask")
     return engine
@@ -226,12 +238,12 @@ def _cuda_takes(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor 
     return can[engine](params)
 
 
-def choose_packed(q: Tensor, k: Tensor, v: Tensor) -> str:
+def choose_packed(q: Tensor, k: Tensor, lse_grad: bool) -> str:
     """The engine's name for packed documents: varlen, varlen_cpu or dense."""
     if 0 in (*q.shape, *k.shape):
         return "dense"
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
-        return "varlen"
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        return "varlen" if q.shape[-1] <= (WIDEST_WITH_LSE_GRAD["varlen"] if lse_grad else 256) else "dense"
     if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return "varlen_cpu"
     return "dense"

@@ -1,4 +1,4 @@
-"""The verdict of DESIGN section 5: is this tensor as good as its dtype allows?
+"""The verdict: is this tensor as good as its dtype allows?
 
 An answer in low precision is judged against the float64 reference by the error that the plain formula makes in the same
 dtype: error <= 2 * error(plain) + eps * max|reference|, with eps of the answer's dtype.
