@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     argv, size = sys.argv[1:] if argv is None else argv, size or Size()
     parser = report.Parser(prog="python -m benchmarks.lm", description="Train a small decoder: causal against StableMask.")
     parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=3600, help="steps of each variant (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3200, help="steps of each variant (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
     parser.add_argument("--gamma", default="headwise", help="headwise, or a number for every head (default %(default)s)")
     parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")

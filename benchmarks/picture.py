@@ -1,6 +1,6 @@
 """The README's picture: one StableMask attention matrix with its pseudo scores, and the share of each row that is real.
 
-    python -m benchmarks.picture        writes benchmarks/results/stablemask.png
+python -m benchmarks.picture        writes benchmarks/results/stablemask.png
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 
 from sm_flex import log_mass
 from sm_flex.testing import oracle
@@ -36,25 +37,27 @@ def main() -> None:
     image = np.ones((ROWS, ROWS, 3))
     for part, color in ((real, REAL), (pseudo, PSEUDO)):
         weight = np.clip(part / 0.45, 0, 1)[..., None] ** 0.6
-        rgb = np.array(mpl.colors.to_rgb(color))
+        rgb = np.array(to_rgb(color))
         image = np.where(part[..., None] > 0, 1 - weight * (1 - rgb), image)
     left.imshow(image)
+    head = rf"softmax of one head, scores 0, $\gamma$ = {GAMMA}"
     for k in range(ROWS):
         left.plot([k + 0.5, k + 0.5], [k - 0.5, k + 0.5], color=INK, lw=1)
         left.plot([k + 0.5, min(k + 1.5, ROWS - 0.5)], [k + 0.5, k + 0.5], color=INK, lw=1)
     left.text(2.3, 8.6, "real attention", color="white", fontsize=11, ha="center", weight="bold")
     left.text(8.4, 2.0, "pseudo attention\nsame softmax, no value", color=INK, fontsize=10, ha="center")
-    left.set(xlim=(-0.5, ROWS - 0.5), xticks=[], yticks=[], xlabel="key j", ylabel="query i", title=f"softmax of one head, scores 0, γ = {GAMMA}")
+    left.set(xlim=(-0.5, ROWS - 0.5), xticks=[], yticks=[], xlabel="key j", ylabel="query i", title=head)
 
     length = 512
+    rows = f"each row tells where it is (scores 0, N = {length})"
     positions = torch.arange(length)
     for gamma, shade in zip((0.5, 2**-4, 2**-6, 2**-8), np.linspace(1.0, 0.35, 4), strict=True):
         share = torch.sigmoid(torch.log(positions + 1.0) - log_mass(gamma, positions, length)[0])
         name = "0.5" if gamma == 0.5 else f"2$^{{{int(np.log2(gamma))}}}$"
-        right.plot(positions + 1, share, color=(*mpl.colors.to_rgb(REAL), shade), lw=2, label=f"γ = {name}")
+        right.plot(positions + 1, share, color=(*to_rgb(REAL), shade), lw=2, label=rf"$\gamma$ = {name}")
     right.axhline(1.0, color=PSEUDO, lw=1, ls="--", label="causal attention")
     right.set_xscale("log")
-    right.set(xlabel="tokens seen", ylabel="share of the row that is real", ylim=(0, 1.05), title=f"each row tells where it is (scores 0, N = {length})")
+    right.set(xlabel="tokens seen", ylabel="share of the row that is real", ylim=(0, 1.05), title=rows)
     right.legend(frameon=False, loc="lower right")
     right.spines[["top", "right"]].set_visible(False)
     target = Path(__file__).parent / "results" / "stablemask.png"

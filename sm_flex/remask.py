@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from sm_flex.mass import Mass
 from sm_flex.share import exp_difference, pseudo_share, shares
 
-# Imported here and not where it is called, which may be traced; a CPU build of torch comes without Triton.
-HAS_KERNEL = torch.version.cuda is not None and find_spec("triton") is not None
-if HAS_KERNEL:
+# Imported here and not where it is called, which may be traced. A CPU build of torch comes without Triton.
+if torch.version.cuda is not None and find_spec("triton") is not None:
     from sm_flex import remask_kernel
+else:
+    remask_kernel = None
 
 
 def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -
     (an eager selective checkpoint does). lse' is always a new tensor.
     """
     in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
-    if HAS_KERNEL and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+    if remask_kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
         return remask_kernel.launch(out, lse, mass, in_place=in_place)
     if isinstance(mass, Mass):
         mass = mass.table(lse.dtype)

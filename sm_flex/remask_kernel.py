@@ -6,6 +6,7 @@ tile of rows that are all that far is left alone: the kernel reads 4 bytes a row
 depends on it.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -78,14 +79,15 @@ def remask_kernel(
         elif POSITION == 2:
             # The last document that starts at or before the row, by bisection.
             low = tl.zeros([ROWS], tl.int32)
-            high = low + num_docs
-            width = num_docs
-            while width > 1:
-                middle = (low + high) // 2
-                started = tl.load(cu_ptr + middle) <= row
-                low = tl.where(started, middle, low)
-                high = tl.where(started, high, middle)
-                width = (width + 1) // 2
+            if num_docs > 1:  # the compiler makes a constant of 1, and of a loop that never runs an error (Triton 3.6)
+                high = low + num_docs
+                width = num_docs
+                while width > 1:
+                    middle = (low + high) // 2
+                    started = tl.load(cu_ptr + middle) <= row
+                    low = tl.where(started, middle, low)
+                    high = tl.where(started, high, middle)
+                    width = (width + 1) // 2
             position = row - tl.load(cu_ptr + low).to(tl.int32)
         else:
             position = row
@@ -159,9 +161,11 @@ def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> 
         log_mass = log_mass.expand(lse.shape).reshape(flat_lse.shape)
         new_out, new_lse = remask_op(flat_out, flat_lse, log_mass, None, None, None, 0)
         return new_out.reshape(out.shape), new_lse.reshape(lse.shape)
-    if in_place:
-        return out, remask_in_place_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
-    return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+    # Triton launches on the current device; compiled code guards for itself.
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(out):
+        if in_place:
+            return out, remask_in_place_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+        return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
 
 
 def block_shape(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -194,7 +198,7 @@ def _launch(
         num_rows, heads, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         *out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride(),
         *table_strides, gamma_stride, *position_strides,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
+        HEAD_DIM=int(head_dim), BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
         IN_PLACE=in_place, HAS_TABLE=log_mass is not None, POSITION=source,
     )  # fmt: skip
 

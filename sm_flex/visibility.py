@@ -7,10 +7,12 @@ boolean mask for the dense engine, block indices for flex.
 import math
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, _vmap_for_bhqkv, noop_mask
+from torch.overrides import TorchFunctionMode
 
 from sm_flex.mass import document_of
 
@@ -85,15 +87,24 @@ def narrow_block_mask(block_mask: BlockMask | None, num_queries: int, num_keys: 
 
 def vmap_bhqk(mod: Callable[..., Tensor], scored: bool = False) -> Callable[..., Tensor]:
     """A mask_mod or score_mod over ranges of (b, h, q_idx, kv_idx), as torch's flex_attention maps it."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
     mapped = _vmap_for_bhqkv(mod, prefix=(0,) if scored else ())
 
     def call(*args: Tensor) -> Tensor:
-        with TransformGetItemToIndex():
+        with _IndexByTensors():
             return mapped(*args)
 
     return call
+
+
+class _IndexByTensors(TorchFunctionMode):
+    """table[b, h] under vmap: aten.index, where indexing by a 0-d tensor would ask for its value. It has a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if all(isinstance(i, Tensor) for i in index):
+                return torch.ops.aten.index(args[0], index)
+        return func(*args, **(kwargs or {}))
 
 
 _NARROWED: "weakref.WeakKeyDictionary[BlockMask, BlockMask]" = weakref.WeakKeyDictionary()

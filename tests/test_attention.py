@@ -189,7 +189,7 @@ def test_inner_score_mod(dtype: torch.dtype):
 
 
 def test_tensor_captured_by_an_inner_score_mod_gets_its_gradient(monkeypatch: pytest.MonkeyPatch):
-    """Through several blocks of rows, each computed again in the backward."""
+    """Through several blocks of rows, each computed again in the backward; b and h index one after the other."""
     import sm_flex.engines.dense as dense
 
     monkeypatch.setattr(dense, "BLOCK_SCORES", 1)
@@ -197,7 +197,7 @@ def test_tensor_captured_by_an_inner_score_mod_gets_its_gradient(monkeypatch: py
 
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, table: Tensor):
         def inner(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return score * table[b, h]
+            return score * table[b][h]
 
         return flex_attention(q, k, v, score_mod=stablemask(gamma, score_mod=inner), enable_gqa=True), None
 
@@ -441,8 +441,8 @@ def test_other_devices_are_served_by_the_dense_engine(monkeypatch: pytest.Monkey
         scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1, score_mod=mask),
     ]
     cu = torch.empty(3, device="meta", dtype=torch.int32)
-    flat = (x[0].transpose(0, 1) for x in (q, k, v))
-    outs.append(varlen_attn(*flat, cu, cu, 4, 4, window_size=(-1, 0), score_mod=mask))
+    flat_q, flat_k, flat_v = (x[0].transpose(0, 1) for x in (q, k, v))
+    outs.append(varlen_attn(flat_q, flat_k, flat_v, cu, cu, 4, 4, window_size=(-1, 0), score_mod=mask))
     for out in outs:
         assert isinstance(out, Tensor)
         assert out.device.type == "meta"
@@ -450,5 +450,5 @@ def test_other_devices_are_served_by_the_dense_engine(monkeypatch: pytest.Monkey
         out.sum().backward()
     assert outs[0].shape == (2, 4, 7, 8)
     assert outs[-1].shape == (7, 4, 8)
-    with pytest.raises(NotImplementedError, match="FLASH_ATTENTION cannot serve.*MATH is the only one"):
+    with pytest.raises(NotImplementedError, match=r"FLASH_ATTENTION cannot serve.*MATH is the only one"):
         flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": "FLASH_ATTENTION"})

@@ -118,6 +118,36 @@ def test_varlen():
     assert compare(packed, [packed_rows(n) for n in LENGTHS]) <= 3
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torchs_choice_is_made_when_traced(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch):
+    """The way CUDA calls choose, walked on a CPU: lengths stay dynamic, a constant answers."""
+    from sm_flex.engines import rule
+
+    flash = SDPBackend.FLASH_ATTENTION.value
+
+    def through_torchs_choice(q: Tensor, v: Tensor, attn_mask: Tensor | None, need: rule.Need) -> str:
+        return "cpu" if rule._torch_choice(q, v, v, attn_mask, need) == flash else "dense"
+
+    monkeypatch.setattr(rule, "_on_cpu", through_torchs_choice)
+    before = counters["stats"]["unique_graphs"]
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in LENGTHS:
+        q, k, v = rows(length)
+        torch.testing.assert_close(compiled(q, k, v), plain(q, k, v))
+    assert counters["stats"]["unique_graphs"] - before <= 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tensor_captured_by_an_inner_score_mod(nested: bool):
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        def bias(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + (table[h][j] if nested else table[h, j])
+
+        return flex_attention(q, k, v, score_mod=stablemask(0.3, score_mod=bias))
+
+    compare(run, [rows(33, torch.randn(4, 33, requires_grad=True))])
+
+
 def test_decode_steps_do_not_recompile():
     def step(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask = stablemask(HEADWISE, length=600, positions=positions)

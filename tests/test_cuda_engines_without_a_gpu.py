@@ -139,12 +139,16 @@ def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatc
         return SDPBackend.EFFICIENT_ATTENTION.value
 
     monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    monkeypatch.setattr(rule, "_can_use", lambda *args: False)
     with FakeTensorMode():
         k = fake(2, 4, 16, 64)
         for rows in (16, 5, 1):
             assert rule.choose(fake(2, 4, rows, 64), k, k, None, rule.Need()) == "efficient"
             assert rule.needs_bias("efficient", fake(2, 4, rows, 64), k) == (rows == 5)
-    assert asked == [(16, None, True), (5, None, False), (5, (1, 1, 5, 16), False), (1, None, False)]
+        assert asked == [(16, None, True), (5, (1, 1, 5, 16), False), (1, None, False)]
+        monkeypatch.setattr(rule, "_can_use", lambda engine, *args: engine == "flash")
+        assert rule.choose(fake(2, 4, 5, 64), k, k, None, rule.Need()) == "flash"
+        assert len(asked) == 3
 
 
 @fake_cuda

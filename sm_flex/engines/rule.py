@@ -109,29 +109,59 @@ def needs_bias(engine: str, q: Tensor, k: Tensor) -> bool:
 
 
 def _torch_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> int:
-    """The SDPBackend that torch would take. Flash aligns S != T to the end by itself; the others would need a mask."""
-    square = q.shape[2] == k.shape[2]
-    if torch.compiler.is_compiling():
-        return _traced_choice(
-            str(q.device), q.dtype, q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], q.shape[2] == 1, square,
-            None if attn_mask is None else attn_mask.dtype, need.dropout_p,
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        )  # fmt: skip
-    return _eager_choice(q, k, v, attn_mask, need.dropout_p)
+    """The SDPBackend that torch would take."""
+    if not torch.compiler.is_compiling():
+        return _eager_choice(q, k, v, attn_mask, need.dropout_p)
+    # Stand-ins of fixed lengths, so that lengths stay dynamic. A list's length makes a constant of a dynamic dimension.
+    heads, kv_heads, dim, v_dim = [len([None] * n) for n in (q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])]
+    queries = 1 if q.shape[2] == 1 else 128
+    keys = queries if q.shape[2] == k.shape[2] else 256
+    # Of dropout the kernels ask whether there is any, and cuDNN whether it is a multiple of 1/16.
+    dropout_p = 0.0 if need.dropout_p == 0 else 0.5 if need.dropout_p * 16 % 1 == 0 else 0.3
+    mask_dtype = None if attn_mask is None else attn_mask.dtype
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return _traced_choice(
+        str(q.device), q.dtype, heads, kv_heads, dim, v_dim, queries, keys, mask_dtype, dropout_p, grad
+    )  # fmt: skip
 
 
 def _eager_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> int:
+    """torch's answer for what will run: with S != T flash by its own alignment if it may, else a mask."""
+    if attn_mask is None and needs_bias("", q, k):
+        if _can_use("flash", q, k, v, None, dropout_p):
+            return SDPBackend.FLASH_ATTENTION.value
+        attn_mask = _stand_in_mask(q, k)
     fused_choice = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
-    square, gqa = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
-    if attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    if attn_mask is None and not square and q.shape[2] > 1:
-        flash = fused_choice(q, k, v, None, dropout_p, False, enable_gqa=gqa)
-        if flash == SDPBackend.FLASH_ATTENTION.value:
-            return flash
-        attn_mask = q.new_empty((), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
-    causal = attn_mask is None and square and q.shape[2] > 1
-    return fused_choice(q, k, v, attn_mask, dropout_p, causal, enable_gqa=gqa)
+    causal = attn_mask is None and q.shape[2] > 1
+    return fused_choice(q, k, v, _four_dims(attn_mask), dropout_p, causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _can_use(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
+    """Whether torch's kernel takes the call, in the sdpa_kernel() context in force."""
+    flags = torch.backends.cuda
+    if engine == "efficient":  # it is given repeated heads (engines/efficient.py)
+        k, v = [x[:, :1].expand(-1, q.shape[1], -1, -1) for x in (k, v)]
+    if attn_mask is None and needs_bias(engine, q, k):
+        attn_mask = _stand_in_mask(q, k)
+    causal = attn_mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
+    params = flags.SDPAParams(q, k, v, _four_dims(attn_mask), dropout_p, causal, q.shape[1] != k.shape[1])
+    can = {
+        "flash": flags.can_use_flash_attention,
+        "cudnn": flags.can_use_cudnn_attention,
+        "efficient": flags.can_use_efficient_attention,
+    }
+    return can[engine](params)
+
+
+def _stand_in_mask(q: Tensor, k: Tensor) -> Tensor:
+    """The shape of the causal mask that S != T will be given; kernels want its rows dense."""
+    return q.new_empty((1, 1, 1, k.shape[2]), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
+
+
+def _four_dims(attn_mask: Tensor | None) -> Tensor | None:
+    if attn_mask is None or attn_mask.dim() == 4:
+        return attn_mask
+    return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
 @torch._dynamo.assume_constant_result
@@ -142,15 +172,13 @@ def _traced_choice(
     kv_heads: int,
     dim: int,
     v_dim: int,
-    single: bool,
-    square: bool,
+    queries: int,
+    keys: int,
     mask_dtype: torch.dtype | None,
     dropout_p: float,
     grad: bool,
 ) -> int:
-    """_eager_choice for stand-ins of a fixed length, made when the call is traced."""
-    queries = 1 if single else 128
-    keys = queries if square else 256
+    """_eager_choice for stand-ins, made when the call is traced."""
     q = torch.empty(1, heads, queries, dim, device=device, dtype=dtype, requires_grad=grad)
     k = torch.empty(1, kv_heads, keys, dim, device=device, dtype=dtype)
     v = torch.empty(1, kv_heads, keys, v_dim, device=device, dtype=dtype)
@@ -219,23 +247,10 @@ def _named(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need
 
 
 def _cuda_takes(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> bool:
-    if torch.compiler.is_compiling():
-        return True  # the kernel itself says no when it is traced
     if attn_mask is not None and engine == "cudnn" and attn_mask.requires_grad:
         return False
-    if attn_mask is None and needs_bias(engine, q, k):
-        attn_mask = q.new_empty((), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
-    elif attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    flags = torch.backends.cuda
-    causal = attn_mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
-    params = flags.SDPAParams(q, k, v, attn_mask, need.dropout_p, causal, q.shape[1] != k.shape[1])
-    can = {
-        "flash": flags.can_use_flash_attention,
-        "cudnn": flags.can_use_cudnn_attention,
-        "efficient": flags.can_use_efficient_attention,
-    }
-    return can[engine](params)
+    # Under torch.compile the kernel itself says no when it is traced.
+    return torch.compiler.is_compiling() or _can_use(engine, q, k, v, attn_mask, need.dropout_p)
 
 
 def choose_packed(q: Tensor, k: Tensor, lse_grad: bool) -> str:
