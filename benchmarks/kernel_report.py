@@ -22,7 +22,7 @@ from sm_flex import remask_kernel as rk
 TARGETS = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 POINTERS = ("out_ptr", "new_out_ptr", "lse_ptr", "new_lse_ptr", "table_ptr", "gamma_ptr", "position_ptr", "cu_ptr")
-SOURCES = {"table": None, "arange": rk.ARANGE, "positions": rk.POSITIONS, "cu_seqlens": rk.CU_SEQLENS}
+SOURCES = {"table": None, "arange": rk.ARANGE, "positions": rk.POSITIONS, "cu_seqlens": rk.CU_SEQLENS, "one doc.": rk.CU_SEQLENS}
 
 
 def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool, source: str) -> bytes:
@@ -37,8 +37,14 @@ def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool
     types = {"lse_ptr": "*fp32", "new_lse_ptr": "*fp32", "table_ptr": "*fp32", "gamma_ptr": "*fp32"}
     types |= {"out_ptr": TYPES[dtype], "new_out_ptr": TYPES[dtype], "position_ptr": "*i64", "cu_ptr": "*i32"}
     unused = {"table": ("gamma_ptr", "position_ptr", "cu_ptr"), "arange": ("table_ptr", "position_ptr", "cu_ptr")}
-    unused |= {"positions": ("table_ptr", "cu_ptr"), "cu_seqlens": ("table_ptr", "position_ptr")}
+    unused |= {
+        "positions": ("table_ptr", "cu_ptr"),
+        "cu_seqlens": ("table_ptr", "position_ptr"),
+        "one doc.": ("table_ptr", "position_ptr"),
+    }
     constants |= dict.fromkeys(unused[source])
+    if source == "one doc.":
+        constants["num_docs"] = 1  # the launcher specialises on 1
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # The launcher sees such multiples in torch's tensors; without them the loads come out scalar.
     aligned = {"num_rows", "out_b", "out_h", "out_s", "new_b", "new_h", "new_s", *POINTERS}
