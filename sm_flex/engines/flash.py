@@ -22,7 +22,7 @@ def forward(call: Call) -> Forward:
     )
     if at.may_be_dead:
         lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
-    return out[..., :dim], lse, (seed, offset)
+    return unpadded(out, dim), lse, (seed, offset)
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
@@ -33,7 +33,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], at.dropout_p, at.causal, *state, scale=at.scale
     )
-    dq, dk, dv = [x[..., :dim] for x in grads]
+    dq, dk, dv = [unpadded(x, dim) for x in grads]
     return dq, dk, dv, None
 
 
@@ -41,3 +41,7 @@ def padded(x: Tensor) -> Tensor:
     """FA2 wants a head dim that is a multiple of 8; zeros change no score."""
     x = rows_contiguous(x)
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def unpadded(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[-1] == dim else x[..., :dim]

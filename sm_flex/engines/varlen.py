@@ -10,7 +10,7 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from sm_flex.engines import Call, Forward, Gradients, Settings, State
-from sm_flex.engines.flash import padded
+from sm_flex.engines.flash import padded, unpadded
 
 
 def forward(call: Call, **newer: object) -> Forward:
@@ -20,7 +20,7 @@ def forward(call: Call, **newer: object) -> Forward:
     out, lse, rng = torch.ops.torch_attn._varlen_attn(q, k, v, call.cu_q, call.cu_k, at.max_q, at.max_k, *_causal(at), **newer)
     if at.may_be_dead:
         lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
-    return to_bhsd(out[..., :dim]), lse.unsqueeze(0), (rng,)
+    return to_bhsd(unpadded(out, dim)), lse.unsqueeze(0), (rng,)
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
@@ -33,7 +33,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
     grads = torch.ops.torch_attn._varlen_attn_backward(
         grad_out, q, k, v, out, lse, call.cu_q, call.cu_k, at.max_q, at.max_k, is_causal, state[0], scale, window
     )
-    dq, dk, dv = [x[..., :dim] for x in grads]
+    dq, dk, dv = [unpadded(x, dim) for x in grads]
     return dq, dk, dv, None
 
 
