@@ -103,7 +103,7 @@ def train(variants: list[Variant], training_RL: Tensor, held_out: list[Packed], 
                     variant.validate(held_out)
             losses = ", ".join(f"{v.name} {statistics.fmean(v.training[-20:]):.3f}" for v in variants)
             rate = len(variants) * size.rows * size.length / sum(v.seconds[-1] for v in variants)
-            bar.set_postfix_str(f"nats/byte {losses}; {rate:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"training nats/byte {losses}; {rate:,.0f} tokens/s", refresh=False)
             bar.update()
 
 
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     }
     for name, result in measured.items():
         print(f"{name:12s} validation {result['val_loss']:.4f} nats a byte   {result['tokens_per_s']:>9,.0f} tokens/s")
+    print("One seed: a difference of a few hundredths of a nat is noise.")
     record = {"benchmark": "lm", "variants": measured, "config": config}
     save(stem, variants, record, report.environment(shlex.join(["python", "-m", "benchmarks.lm", *argv]), device))
     print(f"wrote {stem}.png, .md and .json")

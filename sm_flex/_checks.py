@@ -4,7 +4,7 @@ Kinds, dtypes and shapes are checked under torch.compile too; values of a tensor
 them elsewhere would wait for the device.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ def check_gamma(gamma: Any) -> Tensor:
         raise ValueError("gamma must not be NaN")
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
+    if gamma > sys.float_info.max and gamma != float("inf"):
+        raise ValueError(f"gamma must be a float64 or inf, got an int of {len(str(gamma))} digits")
     return torch.tensor(float(gamma), dtype=torch.float64)
 
 
@@ -52,23 +54,25 @@ def check_length(length: Any) -> None:
 
 def check_positions(positions: Any) -> None:
     if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be an integer tensor, got {type(positions).__name__}")
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise TypeError(f"positions must be an integer tensor, got dtype {positions.dtype}")
+        raise TypeError(f"positions must be an integer tensor such as torch.tensor([5]), got {type(positions).__name__}")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"positions must be an integer tensor, int32 or int64, got dtype {positions.dtype}")
     if positions.dim() not in (1, 2):
         raise ValueError(f"positions must be (S,) or (B, S), got shape {tuple(positions.shape)}")
 
 
 def check_position_values(positions: Tensor) -> None:
     if readable(positions) and positions.numel() and bool((positions < 0).any()):
-        raise ValueError(f"positions must be >= 0, got {positions.min().item()}")
+        raise ValueError(f"positions must be >= 0, got {positions.min().item()}: for padding use positions.clamp(min=0)")
 
 
 def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device) -> None:
     """A StableMask against the call that it came with: heads, positions, length, device."""
     gamma, positions = mask.gamma, mask.positions
     if gamma.dim() == 1 and gamma.shape[0] != heads:
-        raise ValueError(f"gamma must have one rate for each of the {heads} query heads, got {gamma.shape[0]}")
+        raise ValueError(
+            f"gamma must have one rate for each of the {heads} query heads, got {gamma.shape[0]}: see headwise_gamma"
+        )
     if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
     if positions is None:
@@ -133,13 +137,14 @@ def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     fits = 1 <= attn_mask.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(attn_mask.shape), reversed(full), strict=False))
     if not fits:
-        raise ValueError(f"attn_mask must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}")
+        way_out = ": a (B, T) padding mask goes in as mask[:, None, None, :]" if attn_mask.dim() == 2 else ""
+        raise ValueError(f"attn_mask must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}{way_out}")
 
 
 def check_dropout(dropout_p: Any) -> None:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not (math.isfinite(dropout_p) and 0 <= dropout_p < 1):
+    if not 0 <= dropout_p < 1:  # NaN too
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
@@ -186,12 +191,15 @@ def check_varlen(
             "score_mod inside a StableMask is not taken by varlen_attn, whose kernels have none: use flex_attention with a "
             "document block_mask"
         )
-    if tuple(window_size)[1:] != (0,) or window_size[0] < -1:
-        raise ValueError(f"window_size must be (-1, 0) or (W, 0) with a StableMask, which is causal, got {tuple(window_size)}")
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not pair or not all(isinstance(x, int) for x in window_size) or window_size[1] != 0 or window_size[0] < -1:
+        raise ValueError(
+            f"window_size must be (-1, 0) or (W, 0) with a StableMask, which is causal, got {window_size}: pass (-1, 0)"
+        )
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         if cu is None and name == "cu_seq_k" and paged:
             continue
-        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+        if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
             raise TypeError(f"{name} must be an int32 tensor, got {cu.dtype if isinstance(cu, Tensor) else type(cu).__name__}")
         if cu.dim() != 1 or cu.shape[0] < 2:
             raise ValueError(f"{name} must be (documents + 1,), got shape {tuple(cu.shape)}")
@@ -222,3 +230,20 @@ def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | No
             "positions are required where a document's query and key lengths differ: "
             "pass stablemask(..., positions=..., length=...)"
         )
+
+
+def check_longest(name: str, longest: Any, cu: Tensor | None) -> None:
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, the longest document's length, got {type(longest).__name__}")
+    if cu is not None and readable(cu) and int(cu.diff().max()) > longest:
+        raise ValueError(f"{name} must be at least the longest document, {int(cu.diff().max())}, got {longest}")
+
+
+def check_aux(return_aux: Any, kind: type) -> None:
+    if return_aux is not None and not isinstance(return_aux, kind):
+        raise TypeError(f"return_aux must be an AuxRequest or None, got {type(return_aux).__name__}")
+
+
+def check_kernel_options(kernel_options: Any) -> None:
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(f"kernel_options must be a dict or None, got {type(kernel_options).__name__}")

@@ -91,7 +91,8 @@ def flex_attention(
     Args:
         query: (B, H, S, D). key, value: (B, Hkv, T, D) and (B, Hkv, T, Dv); Hkv < H needs enable_gqa.
         score_mod: a StableMask. With anything else this is torch's own function.
-        block_mask: a BlockMask of (S, T), for what is visible within the causal slots (documents, windows, padding).
+        block_mask: a BlockMask of (S, T), for what is visible within the causal slots (documents, windows, padding). A
+            static cache with unused slots needs one.
         scale: of the scores, 1/sqrt(D) where None.
         return_lse: also return lse'; as torch, prefer return_aux.
         kernel_options: {"BACKEND": name} asks for one engine and raises where it cannot serve: FLASH_ATTENTION,
@@ -119,6 +120,8 @@ def flex_attention(
         raise ValueError("return_lse and return_aux are one request twice: use return_aux=AuxRequest(lse=True)")
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}")
+    _checks.check_aux(return_aux, AuxRequest)
+    _checks.check_kernel_options(kernel_options)
     options: dict[str, Any] = dict(kernel_options or {})
     backend = options.pop("BACKEND", "AUTO")
     max_scores = return_aux is not None and return_aux.max_scores
@@ -181,7 +184,10 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask must not both be given: attn_mask narrows the causal slots already")
     if not is_causal and attn_mask is None and query.shape[2] > 1:
-        raise ValueError("is_causal must be True, or attn_mask given, with a StableMask: it is causal attention")
+        raise ValueError(
+            "is_causal must be True, or attn_mask given, with a StableMask, which is causal. Where S != T pass "
+            "attn_mask=torch.ones(S, T, dtype=torch.bool), which is narrowed to the causal slots, or use flex_attention"
+        )
     if is_causal and query.shape[2] != key.shape[2]:
         raise ValueError(
             f"is_causal needs equal lengths (torch aligns it to the start), got S={query.shape[2]} and T={key.shape[2]}: "
@@ -287,8 +293,11 @@ def varlen_attn(
         )  # fmt: skip
     _only_stablemask(score_mod, "varlen_attn")
     query, key, value = autocast(query, key, value)
+    _checks.check_aux(return_aux, torch_varlen.AuxRequest)
     paged = {name: newer[name] for name in ("seqused_k", "block_table", "num_splits") if name in newer}
     _checks.check_varlen(query, key, value, cu_seq_q, cu_seq_k, window_size, enable_gqa, score_mod, paged)
+    _checks.check_longest("max_q", max_q, cu_seq_q)
+    _checks.check_longest("max_k", max_k, cu_seq_k)
     missing = [name for name in paged if name not in _VARLEN_KEYWORDS]
     if missing or (paged and query.device.type != "cuda"):
         name = missing[0] if missing else next(iter(paged))

@@ -38,7 +38,7 @@ def attend(
     _checks.check_qkv(q, k, v, enable_gqa, "BHSD")
     _checks.check_scale(scale)
     _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(scale or 0.0)
+    scale = _scale(scale, q.shape[-1])
     need = rule.Need(
         score_mod=mask.score_mod is not None,
         block_mask=block_mask is not None,
@@ -73,6 +73,7 @@ def _kernel(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     num_queries, num_keys = q.shape[2], k.shape[2]
+    q, scale = _positive_scale(engine, q, scale)
     bias = None
     if attn_mask is not None or rule.needs_bias(engine, q, k):
         bias = visibility.causal_bias(attn_mask, num_queries, num_keys, q.dtype, q.device)
@@ -123,7 +124,7 @@ def attend_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents."""
     _checks.check_scale(scale)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = _scale(scale, q.shape[-1])
     mass = mask.mass(q.device, q.shape[0], k.shape[0], cu_q if mask.positions is None else None)
     settings = Settings(True, scale, 0.0, cu_q is not cu_k, window, max_q, max_k)
     with _no_autocast(q.device):
@@ -137,7 +138,21 @@ def attend_packed(
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
             q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
             return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale)
+        q, scale = _positive_scale(engine, q, scale)
+        settings = settings._replace(scale=scale)
         return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)
+
+
+def _scale(scale: float | None, dim: int) -> float:
+    """The scale of the scores; a head dim of 0 has none."""
+    if scale is not None:
+        return float(scale)
+    return 1 / math.sqrt(dim) if dim else 1.0
+
+
+def _positive_scale(engine: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """PyTorch's flash op for CPUs gives NaN for a scale that is not positive: query takes it instead."""
+    return (q * scale, 1.0) if engine in ("cpu", "varlen_cpu") and scale <= 0 else (q, scale)
 
 
 def _wide(x: Tensor) -> torch.dtype:

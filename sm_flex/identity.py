@@ -5,7 +5,7 @@ probabilities, and delta = rowsum(grad_out * out'), which is what dS = P' * (dP 
 have value 0. Nothing differentiates through lse.
 
 A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place of delta is the
-same thing, and every kernel computes delta from grad_out and out': widened by columns in which grad_out is 1 and out' is
+same thing, and every kernel computes delta from grad_out and out': widened by columns whose product is
 -grad_lse' (in three pieces, so that bf16 holds all of it), while q, k and v are 0 there, they give just that.
 """
 
@@ -56,13 +56,17 @@ def attend(
     cu_k = None if cu_k is cu_q else cu_k
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    result = _Attend.apply(engine, settings, mass.length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
-    return result if want_lse else (result, None)
+    # lse' is an output even where nobody asked for it, so that a second derivative sees it. Compiled code has none, and would
+    # take its gradient, always there when traced, for one of the caller's.
+    both = want_lse or not torch.compiler.is_compiling()
+    result = _Attend.apply(engine, settings, mass.length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
+    out, lse = result if both else (result, None)
+    return out, lse if want_lse else None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, engine, settings, length, restarts, want_lse, q, k, v, bias, cu_q, cu_k, table, gamma, positions):
+    def forward(ctx, engine, settings, length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions):
         call = Call(q, k, v, bias, cu_q, cu_q if cu_k is None else cu_k, settings)
         out, lse, state = ENGINES[engine].forward(call)
         if bias is not None:
@@ -76,7 +80,7 @@ class _Attend(torch.autograd.Function):
         ctx.engine, ctx.settings = engine, settings
         ctx.save_for_backward(q, k, v, bias, cu_q, cu_k, table, out, lse, *state)
         ctx.set_materialize_grads(False)
-        return (out, lse) if want_lse else out
+        return (out, lse) if both else out
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -91,7 +95,7 @@ class _Attend(torch.autograd.Function):
         if table is not None and wants[11]:
             dtable = log_mass_grad(grad_out, out, lse, table, grad_lse)
         kernel_lse = lse
-        if bias is not None:
+        if bias is not None or ctx.settings.may_be_dead:
             # A dead row without mass: exp(score - lse) must be 0, not NaN.
             kernel_lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
         dim = q.shape[-1]
@@ -106,15 +110,18 @@ class _Attend(torch.autograd.Function):
 
 def _widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Call, Tensor, Tensor]:
     """The call with columns that put delta - grad_lse' in the place of delta."""
-    rest, columns = -grad_lse, []
+    # A power of two a row keeps large and small gradients within the range of fp16.
+    exponent = torch.frexp(grad_lse.detach()).exponent.clamp(-14, 15)
+    factor = torch.ldexp(torch.ones_like(grad_lse), exponent).to(out.dtype)
+    rest, columns = -grad_lse / factor.to(grad_lse.dtype), []
     for _ in range(PIECES):
         columns.append(rest.to(out.dtype))
         rest = rest - columns[-1].to(rest.dtype)
     extra = pad(torch.stack(columns, dim=-1), (0, WIDENING - PIECES))
     q, k, v = [pad(x, (0, WIDENING)) for x in (call.q, call.k, call.v)]
-    ones = torch.ones_like(extra)
+    factors = factor.unsqueeze(-1).expand_as(extra)
     return (
         call._replace(q=q, k=k, v=v),
-        torch.cat([grad_out.to(out.dtype), ones], dim=-1),
+        torch.cat([grad_out.to(out.dtype), factors], dim=-1),
         torch.cat([out, extra], dim=-1),
     )

@@ -54,6 +54,7 @@ class Mass(NamedTuple):
 def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
     """log M(p) = log sum_{j=p+1}^{N-1} e^{-j gamma}, in closed form (eq. 8 and section 4.3).
 
+    From the training length on (p >= N) one pseudo score remains, log M = -(p+1) gamma; the row p = N-1 has none.
     Differentiable in gamma: d log M / d gamma at gamma = 0 is -(p+N)/2, and 0 where log M is -inf.
 
     Args:
@@ -122,6 +123,7 @@ def document_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _closed_form(gamma: Tensor, positions: Tensor, length: int) -> Tensor:
     """log M for gamma (H|1, 1) and positions broadcastable to it, in gamma's dtype; every branch of a where() is finite."""
+    positions = positions.long()
     terms = torch.where(positions >= length, 1, length - 1 - positions)
     empty = (terms == 0) | (gamma >= HUGE)
     n = terms.clamp(min=1).to(gamma.dtype)

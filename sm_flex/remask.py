@@ -34,7 +34,7 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`.
 
     Returns:
-        out' like out, lse' like lse. A row with lse = log_mass = -inf has out' = 0.
+        out' like out, lse' like lse. A row that sees nothing (lse = -inf) has share 0: out' is 0 where out is finite.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape or device.
@@ -63,7 +63,7 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     )
     if not fits:
         raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
-    new_out, new_lse = _Remask.apply(out, lse, log_mass)
+    new_out, new_lse = _Remask.apply(out, lse, log_mass.to(lse.dtype))
     return new_out, new_lse
 
 

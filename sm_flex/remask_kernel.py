@@ -91,7 +91,7 @@ def remask_kernel(
             position = row - tl.load(cu_ptr + low).to(tl.int32)
         else:
             position = row
-        log_m = _log_mass(gamma, position, length)
+        log_m = _log_mass(gamma, position.to(tl.int64), length)
 
     dead = lse == float("-inf")
     share = tl.where(dead, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))

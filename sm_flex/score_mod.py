@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sm_flex._checks import check_gamma, check_length, check_positions
 from sm_flex.mass import Mass
@@ -15,7 +16,10 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class StableMask:
-    """A request for StableMask attention; made by :func:`stablemask`, taken by the three drop-ins as ``score_mod``."""
+    """A request for StableMask attention: make it with :func:`stablemask`, give it to a drop-in as ``score_mod``.
+
+    gamma, length, positions and score_mod are what stablemask() was given; gamma is always a tensor.
+    """
 
     gamma: Tensor
     length: int | None
@@ -55,10 +59,11 @@ class StableMask:
         """gamma on the device of the call; a number is copied there once, so that later calls copy nothing."""
         if self.gamma.device == device:
             return self.gamma
-        if torch.compiler.is_compiling() or self.gamma.requires_grad:
+        if torch.compiler.is_compiling() or self.gamma.requires_grad or _get_current_dispatch_mode() is not None:
             return _copy(self.gamma, device)
         if device not in self._copies:
-            self._copies[device] = _copy(self.gamma, device)
+            with torch.inference_mode(False):
+                self._copies[device] = _copy(self.gamma, device)
         return self._copies[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,10 +85,10 @@ def stablemask(
     Args:
         gamma: the decay rate, a number >= 0 (inf is plain causal attention), or a floating tensor, 0-d or (H,) with one
             rate a query head (see :func:`sm_flex.headwise_gamma`), on the device of the call. One that requires grad is
-            learned; keep it positive, e.g. with softplus.
+            learned; keep it positive, e.g. with softplus (its sign is not checked, as it may drift past 0 in a step).
         length: N, the training length. Always pass it where a model will see more than one length: None means the key
             length of the call, so a cache or a longer batch would change old rows. Required with positions, and by
-            varlen_attn.
+            varlen_attn. From N on a row keeps one pseudo score, -(p+1) gamma (section 4.3).
         positions: (S,) or (B, S) integers ((T_q,) for varlen_attn), the position of each query in its own sequence. None
             means 0..S-1, and query and key lengths must then be equal. Positions feed the mass and nothing else.
         score_mod: an ordinary score_mod (ALiBi, soft-capping) that acts on the real scores first.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, _vmap_for_bhqkv, noop_mask
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sm_flex.mass import document_of
 
@@ -29,10 +30,13 @@ def causal_bool(num_queries: int, num_keys: int, device: torch.device) -> Tensor
 
 
 def causal_bias(attn_mask: Tensor | None, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """attn_mask narrowed to the causal slots, as a bias (1|B, 1|H, S, T) with -inf where nothing is seen."""
+    """attn_mask narrowed to the causal slots, as a bias (1|B, 1|H, S, T) with -inf where nothing is seen.
+
+    A floating attn_mask keeps its dtype: rounded to bf16, -300.4 is -300.
+    """
     causal = causal_bool(num_queries, num_keys, device)
     if attn_mask is not None and attn_mask.is_floating_point():
-        bias = torch.where(causal, attn_mask, -math.inf).to(dtype)
+        bias = torch.where(causal, attn_mask, -math.inf)
     else:
         seen = causal if attn_mask is None else causal & attn_mask
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
@@ -75,14 +79,26 @@ def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_
 
 
 def narrow_block_mask(block_mask: BlockMask | None, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
-    """block_mask (or everything) within the causal slots, from block indices alone: nothing is evaluated on S x T."""
-    if torch.compiler.is_compiling():
+    """block_mask (or everything) within the causal slots, from block indices alone: nothing is evaluated on S x T.
+
+    Kept for the next call, but for what belongs to a trace or a dispatch mode (fake tensors).
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return _narrow(block_mask, num_queries, num_keys, device)
-    if block_mask is None:
-        return _plain_causal(num_queries, num_keys, device)
-    if block_mask not in _NARROWED:
-        _NARROWED[block_mask] = _narrow(block_mask, num_queries, num_keys, device)
-    return _NARROWED[block_mask]
+    with torch.inference_mode(False):  # or a later training step could not use it
+        if block_mask is None:
+            key = (num_queries, num_keys, device)
+            if key not in _PLAIN:
+                if len(_PLAIN) >= 16:
+                    _PLAIN.clear()
+                _PLAIN[key] = _narrow(None, num_queries, num_keys, device)
+            return _PLAIN[key]
+        # A BlockMask may be given another mask_mod or other lists after it was made.
+        source = (block_mask.mask_mod, block_mask.kv_indices, block_mask.full_kv_indices)
+        kept = _NARROWED.get(block_mask)
+        if kept is None or any(a is not b for a, b in zip(kept[0], source, strict=True)):
+            kept = _NARROWED[block_mask] = (source, _narrow(block_mask, num_queries, num_keys, device))
+        return kept[1]
 
 
 def vmap_bhqk(mod: Callable[..., Tensor], scored: bool = False) -> Callable[..., Tensor]:
@@ -107,17 +123,8 @@ class _IndexByTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_NARROWED: "weakref.WeakKeyDictionary[BlockMask, BlockMask]" = weakref.WeakKeyDictionary()
+_NARROWED: "weakref.WeakKeyDictionary[BlockMask, tuple[tuple[Any, ...], BlockMask]]" = weakref.WeakKeyDictionary()
 _PLAIN: dict[tuple[int, int, torch.device], BlockMask] = {}
-
-
-def _plain_causal(num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
-    key = (num_queries, num_keys, device)
-    if key not in _PLAIN:
-        if len(_PLAIN) >= 16:
-            _PLAIN.clear()
-        _PLAIN[key] = _narrow(None, num_queries, num_keys, device)
-    return _PLAIN[key]
 
 
 def _narrow(block_mask: BlockMask | None, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:

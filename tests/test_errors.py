@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gamma list": (make([0.5]), TypeError, "gamma must be a number.*list"),
     "gamma integer tensor": (make(torch.tensor(1)), TypeError, "gamma must be a floating tensor, got dtype torch.int64"),
     "gamma complex tensor": (make(torch.tensor(1j)), TypeError, "gamma must be a floating tensor"),
+    "gamma int beyond floats": (make(10**400), ValueError, "gamma must be a float64 or inf, got an int of 401 digits"),
     "gamma 2-D": (make(torch.rand(4, 1)), ValueError, r"gamma must be 0-d or \(H,\).*\(4, 1\)"),
     "gamma empty": (make(torch.rand(0)), ValueError, "gamma must hold at least one rate"),
     "gamma negative tensor": (make(torch.tensor([0.1, -0.1])), ValueError, "gamma must be >= 0, got -0.1"),
@@ -79,7 +80,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # positions
     "positions float": (make(0.5, length=9, positions=torch.rand(7)), TypeError, "positions must be an integer tensor.*float32"),
     "positions bool": (make(0.5, length=9, positions=torch.ones(7) > 0), TypeError, "positions must be an integer tensor"),
-    "positions list": (make(0.5, length=9, positions=[0, 1]), TypeError, "positions must be an integer tensor, got list"),
+    "positions int16": (make(0.5, length=9, positions=torch.arange(7).short()), TypeError, "positions must be .*int32 or int64"),
+    "positions list": (make(0.5, length=9, positions=[0, 1]), TypeError, "positions must be an integer tensor.*got list"),
     "positions 3-D": (lambda: positions(1, 2, 7), ValueError, r"positions must be \(S,\) or \(B, S\).*\(1, 2, 7\)"),
     "positions without length": (lambda: positions(7, length=None), ValueError, "length is required where positions"),
     "positions of another S": (flex(mask=positions(6)), ValueError, r"positions must be \(7,\) or \(2, 7\), got \(6,\)"),
@@ -105,6 +107,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "block_mask of another kind": (flex(block_mask=torch.ones(7, 7)), TypeError, "block_mask must be a BlockMask or None, got Tensor"),
     "block_mask of other lengths": (flex(block_mask=create_block_mask(lambda b, h, i, j: i >= j, None, None, 9, 7, device="cpu")), ValueError, r"block_mask must be for \(S, T\) = \(7, 7\), got \(9, 7\)"),
     "block_mask of other heads": (flex(block_mask=create_block_mask(lambda b, h, i, j: i >= j, 1, 3, 7, 7, device="cpu")), ValueError, r"block_mask must be for \(1\|B, 1\|H\)"),
+    "return_aux of another kind": (flex(return_aux=True), TypeError, "return_aux must be an AuxRequest or None, got bool"),
+    "kernel_options of another kind": (flex(kernel_options=5), TypeError, "kernel_options must be a dict or None, got int"),
     "scale string": (flex(scale="1"), TypeError, "scale must be a number or None, got str"),
     # query, key, value
     "heads differ": (flex(k=K2, v=K2), ValueError, "key must have the 4 heads of query, got 2: pass enable_gqa"),
@@ -135,6 +139,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # varlen_attn
     "varlen without length": (varlen(stablemask(0.5)), ValueError, r"length is required by varlen_attn: pass stablemask\(gamma, length=N\)"),
     "varlen window not causal": (varlen(window_size=(-1, -1)), ValueError, r"window_size must be \(-1, 0\) or \(W, 0\).*\(-1, -1\)"),
+    "varlen window None": (varlen(window_size=None), ValueError, "window_size must be"),
+    "varlen window float": (varlen(window_size=(1.5, 0)), ValueError, "window_size must be"),
+    "varlen return_aux": (varlen(return_aux=5), TypeError, "return_aux must be an AuxRequest or None, got int"),
+    "varlen max_q": (lambda: varlen_attn(THD, THD, THD, CU, CU, "a", 4, score_mod=stablemask(0.5, length=9)), TypeError, "max_q must be an int"),  # pyright: ignore
     "varlen window ahead": (varlen(window_size=(3, 2)), ValueError, "window_size must be"),
     "varlen inner": (varlen(stablemask(0.5, length=9, score_mod=lambda s, b, h, i, j: s)), NotImplementedError, "use flex_attention"),
     "varlen positions 2-D": (varlen(positions(1, 7)), ValueError, r"positions must be \(T_q,\) = \(7,\)"),

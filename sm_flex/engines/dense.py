@@ -51,7 +51,7 @@ def attend(
             scores = scores + bias[..., start:end, :] if bias.shape[-2] > 1 else scores + bias
         if score_mod is not None:
             b, h, kv = [torch.arange(n, device=q.device) for n in (batch, heads, num_keys)]
-            scores = score_mod(scores, b, h, torch.arange(start, end, device=q.device), kv)
+            scores = score_mod(scores, b, h, torch.arange(start, end, device=q.device), kv).to(dtype)
         scores = torch.where(visible(start, end), scores, -torch.inf)
         dead = torch.isneginf(scores).all(-1)
         scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)

@@ -28,8 +28,6 @@ def forward(call: Call) -> Forward:
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at, dim = call.settings, call.q.shape[-1]
     grad_out, q, k, v, out = [padded(x) for x in (grad_out, call.q, call.k, call.v, out)]
-    if at.may_be_dead:
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], at.dropout_p, at.causal, *state, scale=at.scale
     )

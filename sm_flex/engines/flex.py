@@ -41,11 +41,13 @@ def attend(
 
 
 def _row_max(real: Tensor, mass: Mass) -> Tensor:
-    """The largest pseudo score of row p is -(p+1) gamma, wherever it has one."""
+    """The largest pseudo score of row p is -(p+1) gamma, wherever it has one (or the last, for a gamma below 0)."""
     positions = mass.positions
     if positions is None:
         positions = torch.arange(mass.num_queries, device=real.device)
     if positions.dim() == 2:
         positions = positions.unsqueeze(1)
-    largest = -(positions + 1) * mass.gamma.to(real.dtype).reshape(-1, 1)
+    gamma = mass.gamma.to(real.dtype).reshape(-1, 1)
+    last = torch.where(positions < mass.length, mass.length - 1, positions + 1)
+    largest = torch.maximum(-(positions + 1) * gamma, -last * gamma)
     return torch.maximum(real, largest.masked_fill(positions == mass.length - 1, -torch.inf))

@@ -48,7 +48,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need
         return _named(q, k, v, attn_mask, need, backend)
     empty = 0 in (*q.shape, *k.shape, *v.shape)
     if need.flex_options:
-        return _flex_or_error(q, attn_mask, need, empty)
+        return _flex_or_error(q, empty)
     if need.score_mod or need.block_mask:
         takes = q.device.type == "cuda" and attn_mask is None and not need.dropout_p and q.dtype != torch.float64
         return "flex" if takes and not empty else "dense"
@@ -86,6 +86,8 @@ def _why_not_cpu(q: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> 
 
 
 def _on_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> str:
+    if _finer(attn_mask, q):
+        return "dense"
     choice = ENGINE_OF.get(_torch_choice(q, k, v, attn_mask, need), "dense")
     if choice == "cudnn" and attn_mask is not None and attn_mask.requires_grad:
         return "dense"
@@ -101,6 +103,11 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Ne
     if need.lse_grad and widest > WIDEST_WITH_LSE_GRAD.get(choice, widest):
         return "dense"
     return choice
+
+
+def _finer(attn_mask: Tensor | None, q: Tensor) -> bool:
+    """Whether a floating mask has more precision than the kernels, which take it in query's dtype, would keep."""
+    return attn_mask is not None and attn_mask.is_floating_point() and attn_mask.dtype != q.dtype
 
 
 def needs_bias(engine: str, q: Tensor, k: Tensor) -> bool:
@@ -193,7 +200,7 @@ def _enabled(backend: str) -> bool:
     return {"FLASH_ATTENTION": flags.flash_sdp_enabled, "MATH": flags.math_sdp_enabled}[backend]()
 
 
-def _flex_or_error(q: Tensor, attn_mask: Tensor | None, need: Need, empty: bool) -> str:
+def _flex_or_error(q: Tensor, empty: bool) -> str:
     if q.device.type != "cuda":
         raise NotImplementedError(
             "kernel_options other than BACKEND, and max_scores, belong to torch's flex kernels on CUDA; "
@@ -247,7 +254,7 @@ def _named(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need
 
 
 def _cuda_takes(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, need: Need) -> bool:
-    if attn_mask is not None and engine == "cudnn" and attn_mask.requires_grad:
+    if _finer(attn_mask, q) or (attn_mask is not None and engine == "cudnn" and attn_mask.requires_grad):
         return False
     # Under torch.compile the kernel itself says no when it is traced.
     return torch.compiler.is_compiling() or _can_use(engine, q, k, v, attn_mask, need.dropout_p)

@@ -26,12 +26,9 @@ def forward(call: Call, **newer: object) -> Forward:
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at, dim = call.settings, call.q.shape[-1]
     grad_out, q, k, v, out = [padded(x) for x in (to_thd(grad_out), call.q, call.k, call.v, to_thd(out))]
-    lse = lse.squeeze(0)
-    if at.may_be_dead:
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
     is_causal, scale, window = _causal(at)
     grads = torch.ops.torch_attn._varlen_attn_backward(
-        grad_out, q, k, v, out, lse, call.cu_q, call.cu_k, at.max_q, at.max_k, is_causal, state[0], scale, window
+        grad_out, q, k, v, out, lse.squeeze(0), call.cu_q, call.cu_k, at.max_q, at.max_k, is_causal, state[0], scale, window
     )
     dq, dk, dv = [unpadded(x, dim) for x in grads]
     return dq, dk, dv, None
