@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "varlen window None": (varlen(window_size=None), ValueError, "window_size must be"),
     "varlen window float": (varlen(window_size=(1.5, 0)), ValueError, "window_size must be"),
     "varlen return_aux": (varlen(return_aux=5), TypeError, "return_aux must be an AuxRequest or None, got int"),
-    "varlen max_q": (lambda: varlen_attn(THD, THD, THD, CU, CU, "a", 4, score_mod=stablemask(0.5, length=9)), TypeError, "max_q must be an int"),  # pyright: ignore
+    "varlen max_q": (lambda: varlen_attn(THD, THD, THD, CU, CU, "a", 4, window_size=(-1, 0), score_mod=stablemask(0.5, length=9)), TypeError, "max_q must be an int"),  # pyright: ignore
     "varlen window ahead": (varlen(window_size=(3, 2)), ValueError, "window_size must be"),
     "varlen inner": (varlen(stablemask(0.5, length=9, score_mod=lambda s, b, h, i, j: s)), NotImplementedError, "use flex_attention"),
     "varlen positions 2-D": (varlen(positions(1, 7)), ValueError, r"positions must be \(T_q,\) = \(7,\)"),
