@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 
 def readable(x: Tensor) -> bool:
@@ -148,10 +149,10 @@ def check_dropout(dropout_p: Any) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def check_block_mask(block_mask: Any, query: Any, key: Any) -> None:
-    """A BlockMask against (B, H, S, D) query and key; a malformed query or key is left to check_qkv."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
-        return
+def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
+    """A BlockMask against (B, H, S, D) query and key."""
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}")
     if block_mask.kv_num_blocks.device != query.device:
         raise ValueError(f"block_mask must be on the device of query, {query.device}, got {block_mask.kv_num_blocks.device}")
     expected, shape = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
@@ -180,10 +181,10 @@ def check_varlen(
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
             raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
-        raise NotImplementedError("block_table is for inference: call under torch.no_grad()")
-    if "seqused_k" in paged and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
-        raise NotImplementedError("seqused_k is for inference: call under torch.no_grad()")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+        for name in ("block_table", "seqused_k"):
+            if name in paged:
+                raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
     if mask.length is None:
         raise ValueError("length is required by varlen_attn: pass stablemask(gamma, length=N), the training length")
     if mask.score_mod is not None:

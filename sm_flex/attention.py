@@ -116,22 +116,21 @@ def flex_attention(
             return_aux=return_aux,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     query, key, value = autocast(query, key, value)
+    _checks.check_qkv(query, key, value, enable_gqa, "BHSD")
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are one request twice: use return_aux=AuxRequest(lse=True)")
-    if block_mask is not None and not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}")
+    if block_mask is not None:
+        _checks.check_block_mask(block_mask, query, key)
     _checks.check_aux(return_aux, AuxRequest)
     _checks.check_kernel_options(kernel_options)
     options: dict[str, Any] = dict(kernel_options or {})
     backend = options.pop("BACKEND", "AUTO")
     max_scores = return_aux is not None and return_aux.max_scores
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
-    if block_mask is not None:
-        _checks.check_block_mask(block_mask, query, key)
     if backend in rule.FLEX_BACKENDS:
         options["BACKEND"] = backend
     out, lse, row_max = attend(
-        query, key, value, score_mod, scale=scale, enable_gqa=enable_gqa, block_mask=block_mask, backend=backend,
+        query, key, value, score_mod, scale=scale, block_mask=block_mask, backend=backend,
         flex_options=options, max_scores=max_scores, want_lse=want_lse,
     )  # fmt: skip
     if return_aux is not None:
@@ -195,9 +194,8 @@ def scaled_dot_product_attention(
         )
     if attn_mask is not None:
         _checks.check_attn_mask(attn_mask, query, key)
-    return attend(
-        query, key, value, score_mod, scale=scale, enable_gqa=enable_gqa, attn_mask=attn_mask, dropout_p=dropout_p
-    )[0]  # fmt: skip
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    return attend(query, key, value, score_mod, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p)[0]
 
 
 @overload

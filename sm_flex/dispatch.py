@@ -25,7 +25,6 @@ def attend(
     mask: StableMask,
     *,
     scale: float | None,
-    enable_gqa: bool,
     attn_mask: Tensor | None = None,
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
@@ -34,8 +33,7 @@ def attend(
     max_scores: bool = False,
     want_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out' (B, H, S, Dv), lse' (B, H, S) if wanted, and the row maxima if wanted."""
-    _checks.check_qkv(q, k, v, enable_gqa, "BHSD")
+    """out' (B, H, S, Dv), lse' (B, H, S) if wanted, and the row maxima if wanted; attn_mask has four dimensions."""
     _checks.check_scale(scale)
     _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     scale = _scale(scale, q.shape[-1])
@@ -101,9 +99,7 @@ def _dense(
         rows = visibility.bool_mask_rows(attn_mask, num_queries, num_keys)
     else:
         rows = visibility.causal_rows(num_queries, num_keys, q.device)
-    bias = None
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        bias = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
     return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p)
 
 

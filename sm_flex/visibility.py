@@ -23,27 +23,21 @@ VisibleRows = Callable[[int, int], Tensor]
 DEFAULT_BLOCK = 128
 
 
-def causal_bool(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(S, T), True where key j <= i + T - S."""
-    rows = torch.arange(num_queries, device=device).unsqueeze(1) + (num_keys - num_queries)
-    return torch.arange(num_keys, device=device) <= rows
-
-
 def causal_bias(attn_mask: Tensor | None, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """attn_mask narrowed to the causal slots, as a bias (1|B, 1|H, S, T) with -inf where nothing is seen.
 
     A floating attn_mask keeps its dtype: rounded to bf16, -300.4 is -300.
     """
-    causal = causal_bool(num_queries, num_keys, device)
+    causal = causal_rows(num_queries, num_keys, device)(0, num_queries).reshape(1, 1, num_queries, num_keys)
     if attn_mask is not None and attn_mask.is_floating_point():
-        bias = torch.where(causal, attn_mask, -math.inf)
-    else:
-        seen = causal if attn_mask is None else causal & attn_mask
-        bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
-    return bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        return torch.where(causal, attn_mask, -math.inf)
+    seen = causal if attn_mask is None else causal & attn_mask
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
 
 
 def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> VisibleRows:
+    """(rows, T), True where key j <= i + T - S."""
+
     def rows(start: int, end: int) -> Tensor:
         slots = torch.arange(start, end, device=device).unsqueeze(1) + (num_keys - num_queries)
         return torch.arange(num_keys, device=device) <= slots
@@ -209,8 +203,6 @@ def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, w
 def bool_mask_rows(attn_mask: Tensor, num_queries: int, num_keys: int) -> VisibleRows:
     """A boolean attn_mask within the causal slots."""
     causal = causal_rows(num_queries, num_keys, attn_mask.device)
-    if attn_mask.dim() < 2:
-        attn_mask = attn_mask.unsqueeze(0)
 
     def rows(start: int, end: int) -> Tensor:
         part = attn_mask[..., start:end, :] if attn_mask.shape[-2] > 1 else attn_mask

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sm_flex import identity
 from sm_flex.engines import Call, Settings, rule
 from sm_flex.testing import oracle
-from sm_flex.visibility import block_mask_rows, causal_bool, narrow_block_mask
+from sm_flex.visibility import block_mask_rows, causal_rows, narrow_block_mask
 
 CUDA = "cuda"
 fake_cuda = pytest.mark.skipif(
@@ -95,7 +95,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need,
     with FakeTensorMode():
         q = fake(2, 4, kwargs.pop("rows", 16), kwargs.pop("dim", 64), dtype=kwargs.pop("dtype", torch.bfloat16))
         k = fake(2, 4, 16, q.shape[-1], dtype=q.dtype)
-        mask = fake(16, 16) if kwargs.pop("masked", False) else None
+        mask = fake(1, 1, 16, 16) if kwargs.pop("masked", False) else None
         if mask is not None and kwargs.pop("mask_grad", False):
             mask.requires_grad_()
         return rule.choose(q, k, k, mask, need, **kwargs)
@@ -180,7 +180,7 @@ def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: in
         "everything": lambda b, h, i, j: i >= 0,
         "per head": lambda b, h, i, j: (i - j < 30) | (h == 1),
     }
-    causal = causal_bool(num_queries, num_keys, torch.device("cpu"))
+    causal = causal_rows(num_queries, num_keys, torch.device("cpu"))(0, num_queries)
     expected = causal
     block_mask = None
     heads = 2 if kind == "per head" else 1

@@ -140,7 +140,7 @@ def _eager_choice(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dro
         attn_mask = _stand_in_mask(q, k)
     fused_choice = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
     causal = attn_mask is None and q.shape[2] > 1
-    return fused_choice(q, k, v, _four_dims(attn_mask), dropout_p, causal, enable_gqa=q.shape[1] != k.shape[1])
+    return fused_choice(q, k, v, attn_mask, dropout_p, causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _can_use(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
@@ -151,7 +151,7 @@ def _can_use(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | N
     if attn_mask is None and needs_bias(engine, q, k):
         attn_mask = _stand_in_mask(q, k)
     causal = attn_mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
-    params = flags.SDPAParams(q, k, v, _four_dims(attn_mask), dropout_p, causal, q.shape[1] != k.shape[1])
+    params = flags.SDPAParams(q, k, v, attn_mask, dropout_p, causal, q.shape[1] != k.shape[1])
     can = {
         "flash": flags.can_use_flash_attention,
         "cudnn": flags.can_use_cudnn_attention,
@@ -163,12 +163,6 @@ def _can_use(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | N
 def _stand_in_mask(q: Tensor, k: Tensor) -> Tensor:
     """The shape of the causal mask that S != T will be given; kernels want its rows dense."""
     return q.new_empty((1, 1, 1, k.shape[2]), dtype=torch.bool).expand(1, 1, q.shape[2], k.shape[2])
-
-
-def _four_dims(attn_mask: Tensor | None) -> Tensor | None:
-    if attn_mask is None or attn_mask.dim() == 4:
-        return attn_mask
-    return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
 @torch._dynamo.assume_constant_result
