@@ -178,8 +178,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     args = parser.parse_args(argv)
     device = pick_device()
     try:
-        if args.steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {args.steps}")
+        report.at_least("--steps", args.steps, 1)
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed must be in [0, 2**63), got {args.seed}")
         gamma = read_gamma(args.gamma, size.heads, device)

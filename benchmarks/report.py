@@ -42,6 +42,11 @@ def out_folder(path: Path) -> Path:
     return path
 
 
+def at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{option} must be at least {least}, got {value}")
+
+
 def result_stem(folder: Path, what: str, device: torch.device) -> Path:
     """folder/<what>_<machine>_<yyyymm>, to which a suffix is added; machine is cpu2 (two cores) or the GPU's name."""
     name = _gpu_name(device) or f"{device.type}{num_cores()}"
