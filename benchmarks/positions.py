@@ -95,7 +95,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Decoder, task: int, length: int, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
+def accuracy(model: nn.Module, task: int, length: int, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
     """Of each position, over fresh sequences: for task 2 enough of them that every position has been marked."""
     batch = examples(task, length, max(EVALUATED, 16 * length), generator)
     right, count = torch.zeros(length), torch.zeros(length)
