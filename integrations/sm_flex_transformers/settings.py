@@ -1,0 +1,75 @@
+"""config.stablemask of a model's config: {"gamma": "headwise" | number | one number a head, "length": N}."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sm_flex import headwise_gamma
+
+KEYS = ("gamma", "length")
+
+
+class Settings(NamedTuple):
+    """gamma, float64, 0-d or (H,), and N, the training length."""
+
+    gamma: Tensor
+    length: int
+
+
+def read(config: Any, layer: int | None, device: torch.device) -> Settings:
+    """What config.stablemask asks for; head-wise and config.max_position_embeddings where it says nothing.
+
+    Where Transformers' per_layer_config gives a layer a stablemask of its own, that is what counts there.
+
+    Raises:
+        TypeError, ValueError: naming the key, the rule, what came and the way out.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer]
+    given = getattr(config, "stablemask", None) or {}
+    if not isinstance(given, dict):
+        raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")
+    unknown = sorted(set(given) - set(KEYS))
+    if unknown:
+        raise ValueError(f"config.stablemask knows gamma and length, got {', '.join(map(repr, unknown))}")
+    gamma = given.get("gamma", "headwise")
+    if isinstance(gamma, list):
+        gamma = tuple(gamma)
+    # Eager calls share one tensor on the device, so that no layer copies it there; a traced one holds it as a constant.
+    make = _gamma if torch.compiler.is_compiling() else _cached_gamma
+    return Settings(make(gamma, config.num_attention_heads, device), _length(given.get("length"), config))
+
+
+def _length(length: Any, config: Any) -> int:
+    if length is None:
+        length = getattr(config, "max_position_embeddings", None)
+        if length is None:
+            raise ValueError(
+                'config.stablemask has no "length" and the config no max_position_embeddings: '
+                'set config.stablemask = {"length": N}, the training length'
+            )
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f'config.stablemask["length"] must be an int, the training length, got {length!r}')
+    if length < 1:
+        raise ValueError(f'config.stablemask["length"] must be at least 1, got {length}')
+    return length
+
+
+def _gamma(gamma: Any, num_heads: int, device: torch.device) -> Tensor:
+    if gamma == "headwise":
+        return headwise_gamma(num_heads).to(device, torch.float64)
+    numbers = gamma if isinstance(gamma, tuple) else (gamma,)
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
+        raise TypeError(f'config.stablemask["gamma"] must be "headwise", a number or a list of numbers, got {gamma!r}')
+    if not all(x >= 0 for x in numbers):  # nan too
+        raise ValueError(f'config.stablemask["gamma"] must be >= 0 (inf is plain causal attention), got {gamma!r}')
+    if isinstance(gamma, tuple) and len(gamma) != num_heads:
+        raise ValueError(
+            f'config.stablemask["gamma"] must have one number for each of the {num_heads} attention heads, got {len(gamma)}'
+        )
+    return torch.tensor(gamma, dtype=torch.float64, device=device)
+
+
+_cached_gamma = lru_cache(maxsize=64)(_gamma)

@@ -1,0 +1,102 @@
+"""Small random decoders of Transformers in float64, and eq. 11 typed out as one more attention implementation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import sm_flex_transformers  # noqa: F401  (registers stablemask)
+from sm_flex import headwise_gamma
+from sm_flex.testing import oracle
+
+VOCABULARY, LENGTH = 61, 23  # N
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3,
+    "stablemask": {"gamma": "headwise", "length": LENGTH},
+}  # fmt: skip
+WINDOW = 7
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**COMMON),
+    "llama-gqa": lambda: LlamaConfig(**COMMON, num_key_value_heads=2),
+    "mistral": lambda: MistralConfig(**COMMON, num_key_value_heads=3, sliding_window=WINDOW),
+    "qwen3": lambda: Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **COMMON, num_key_value_heads=2, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt-neox": lambda: GPTNeoXConfig(**COMMON),
+}
+SOFT_CAPPED = Gemma2Config(
+    **COMMON, num_key_value_heads=2, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=None,
+    query_pre_attn_scalar=8,
+)  # fmt: skip
+
+
+def oracle_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    position_ids: Tensor,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    setting = module.config.stablemask
+    assert setting["gamma"] == "headwise"
+    out, _ = oracle(
+        query,
+        key,
+        value,
+        gamma=headwise_gamma(query.shape[1]),
+        length=setting["length"],
+        positions=position_ids,
+        visible=attention_mask,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("oracle", oracle_attention)
+AttentionMaskInterface.register("oracle", full_mask)
+
+
+def agree(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def model_of(config: Any, attention: str = "stablemask", seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length))
+
+
+def ragged(lengths: list[int], side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Prompts of these lengths one by one, and all of them padded on that side, with mask and position_ids."""
+    prompts, width = [tokens(1, n) for n in lengths], max(lengths)
+    ids, mask = (torch.zeros(len(lengths), width, dtype=torch.long) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        n = prompt.shape[1]
+        where = slice(width - n, None) if side == "left" else slice(0, n)
+        ids[row, where], mask[row, where] = prompt[0], 1
+    return prompts, {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
