@@ -162,13 +162,12 @@ def draw(results: Accuracies, length: int, path: Path) -> None:
         ]
         colors = ["tab:blue" if "stablemask" in name else "tab:gray" for name in names]
         axes.barh(names, means, xerr=error, color=colors, ecolor="black", height=0.7)
-        axes.axvline(chance(task, length), color="tab:red", linestyle="--", linewidth=1, label="chance")
+        axes.axvline(chance(task, length), color="tab:red", linestyle="--", linewidth=1)
         axes.set(xlim=(0, 1.02), xlabel="accuracy")
         axes.set_title(f"({task}) {TASKS[task]}", fontsize=9)
-        axes.legend(loc="lower right", fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.invert_yaxis()
-    figure.suptitle(f"sequence length {length}", fontsize=10)
+    figure.suptitle(f"sequence length {length}; dashed: chance; whiskers: lowest and highest seed", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

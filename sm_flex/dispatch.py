@@ -100,7 +100,9 @@ def _dense(
     else:
         rows = visibility.causal_rows(num_queries, num_keys, q.device)
     bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
-    return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p)
+    return dense.attend(
+        q, k, v, mass.shared_table(_wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p
+    )
 
 
 def attend_packed(
@@ -133,7 +135,7 @@ def attend_packed(
         if engine == "dense":
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
             q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
-            return dense.attend(q, k, v, mass.table(_wide(q)), rows, scale=scale)
+            return dense.attend(q, k, v, mass.shared_table(_wide(q)), rows, scale=scale)
         q, scale = _positive_scale(engine, q, scale)
         settings = settings._replace(scale=scale)
         return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)

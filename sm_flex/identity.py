@@ -49,7 +49,7 @@ def attend(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     learned = torch.is_grad_enabled() and mass.gamma.requires_grad
     # The kernel works log M out by itself; elsewhere, and where log M has a gradient, it is a small table.
-    table = mass.table(wide) if learned or not q.is_cuda else None
+    table = mass.shared_table(wide) if learned or not q.is_cuda else None
     gamma, positions = (mass.gamma, mass.positions) if table is None else (None, None)
     restarts = mass.cu_seqlens is not None
     # Dynamo wants the tensors of an autograd Function to be distinct.

@@ -11,10 +11,14 @@ value or in its gradient. Beyond the training length (p >= N) the paper keeps on
 """
 
 import math
+from collections import deque
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions, readable
 
 # x^2, x^4, ... coefficients of log(sinh(x/2) / (x/2)); below |x| = SMALL they are exact to 1e-14.
 SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
@@ -50,6 +54,41 @@ class Mass(NamedTuple):
             positions = positions.unsqueeze(1)
         return _closed_form(gamma, positions, self.length).to(dtype)
 
+    def shared_table(self, dtype: torch.dtype) -> Tensor:
+        """table(dtype), which nobody may write to: on a CPU one of the last few is found again, not computed again.
+
+        The layers of a model, and its training steps, ask for the same table; computing it takes longer than the rest of a
+        short call. It is found by value, so that a gamma or positions changed in place are never missed.
+        """
+        inputs = (self.gamma, self.positions, self.cu_seqlens)
+        learned = torch.is_grad_enabled() and self.gamma.requires_grad
+        # A dispatch mode (selective checkpointing) counts the operations of a call: they must be the same each time.
+        if learned or not all(x is None or readable(x) for x in inputs) or _get_current_dispatch_mode() is not None:
+            return self.table(dtype)
+        for known in _TABLES:
+            if known.key == (dtype, self.length, self.num_queries) and all(map(_same, known.inputs, inputs)):
+                return known.table
+        with torch.inference_mode(False), torch.no_grad():
+            copies = tuple(None if x is None else x.detach().clone() for x in inputs)
+            table = self.table(dtype)
+        _TABLES.append(_Known((dtype, self.length, self.num_queries), copies, table))
+        return table
+
+
+class _Known(NamedTuple):
+    key: tuple[torch.dtype, int, int]
+    inputs: tuple[Tensor | None, ...]
+    table: Tensor
+
+
+_TABLES: deque[_Known] = deque(maxlen=4)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
+
 
 def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
     """log M(p) = log sum_{j=p+1}^{N-1} e^{-j gamma}, in closed form (eq. 8 and section 4.3).
@@ -73,8 +112,6 @@ def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
         >>> log_mass(0.0, torch.tensor([0, 1, 2, 3]), length=4).exp()
         tensor([[3., 2., 1., 0.]])
     """
-    from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions
-
     dtype = torch.float64 if isinstance(gamma, Tensor) and gamma.dtype == torch.float64 else torch.float32
     gamma = check_gamma(gamma)
     check_positions(positions)

@@ -128,7 +128,7 @@ def test_one_layer_of_uniform_gamma_saturates_where_the_design_says() -> None:
 def test_the_limits_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     positions_limits.main(["--steps", "2", "--seeds", "2", "--out", str(tmp_path)], (6, 10))
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(record["trials"]) == 8 + 36
+    assert len(record["trials"]) == 2 * 14
     assert all(len(trial["accuracy"]) == 2 for trial in record["trials"])
     assert {len(trial["saturated"]) for trial in record["trials"] if trial["layers"] == 1} == {2}
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md", ".png"]

@@ -26,7 +26,8 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
             "stablemask is causal and this layer asks for a bidirectional mask: use another attn_implementation for encoders"
         )
     mask = sdpa_mask(*args, **kwargs)
-    if mask is None or torch.compiler.is_compiling():
+    # A single new token has no later key, and to look would wait for the GPU in every decode step.
+    if mask is None or mask.shape[2] == 1 or torch.compiler.is_compiling():
         return mask
     first_query, first_key = (int(kwargs.get(name, 0)) for name in ("q_offset", "kv_offset"))
     _check_causal(mask, first_query - first_key)
@@ -42,7 +43,8 @@ def visible_keys(mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor
         if mask.dtype != torch.bool:
             raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
         return mask
-    return mask if mask in _CHECKED else _read(mask, num_queries, num_keys)
+    made_by_us = mask in _CHECKED or (mask.dtype == torch.bool and num_queries == 1)
+    return mask if made_by_us else _read(mask, num_queries, num_keys)
 
 
 def _read(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:

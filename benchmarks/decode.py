@@ -1,0 +1,188 @@
+"""Figure 5 of the paper: the time of one more token against the context, with a cache and from scratch.
+
+    python -m benchmarks.decode
+
+One LLaMA of Transformers with random weights, by three ways in turn, so that a busy machine slows all alike: plain causal
+attention (sdpa) with a cache, StableMask with a cache, and StableMask that recomputes the whole context for each token, which
+is what a mass that follows the length of the call would need. On a GPU the first two also compiled, with a static cache (the
+compiler's share is spent before the clock starts). The figure to look at is the ratio of StableMask to causal.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import sm_flex_transformers  # noqa: F401  (registers stablemask)
+from benchmarks import report
+
+CONTEXTS = (128, 512, 1024, 2048)
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+VOCABULARY, WARM_UP = 4096, 4
+CAUSAL, STABLEMASK, SCRATCH = "causal, cache", "StableMask, cache", "StableMask, from scratch"
+COMPILED = {CAUSAL: "causal, static cache, compiled", STABLEMASK: "StableMask, static cache, compiled"}
+ATTENTION = {CAUSAL: "sdpa", STABLEMASK: "stablemask"}
+
+Step = Callable[[torch.Tensor], Any]
+
+
+def models(shape: dict[str, int], contexts: tuple[int, ...], device: torch.device) -> dict[str, LlamaForCausalLM]:
+    """The same weights with either attention."""
+    made = {}
+    for name, attention in ATTENTION.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=2 * max(contexts), **shape)  # pyright: ignore[reportArgumentType]
+        config._attn_implementation = attention
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        made[name] = LlamaForCausalLM(config).to(device, dtype).eval()
+    return made
+
+
+def cached_step(model: Any, cache: DynamicCache | StaticCache, ids: torch.Tensor) -> Step:
+    """Fills the cache with ids and returns what decodes one more token, at one more position each time."""
+    prefill = getattr(model, "_orig_mod", model)
+    prefill(ids, past_key_values=cache, logits_to_keep=1)
+    position = torch.full((1, 1), ids.shape[1], device=ids.device)
+
+    def step(token: torch.Tensor) -> None:
+        model(token, past_key_values=cache, position_ids=position.clone())
+        position.add_(1)
+
+    return step
+
+
+def steps_of(made: dict[str, LlamaForCausalLM], compiled: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[str, Step]:
+    room = ids.shape[1] + WARM_UP + steps
+    found = {name: cached_step(model, DynamicCache(config=model.config), ids) for name, model in made.items()}
+    for name, model in compiled.items():
+        found[COMPILED[name]] = cached_step(model, StaticCache(config=made[name].config, max_cache_len=room), ids)
+    found[SCRATCH] = lambda token: made[STABLEMASK](torch.cat([ids, token], 1), use_cache=False, logits_to_keep=1)
+    return found
+
+
+@torch.no_grad()
+def measure(
+    shape: dict[str, int], contexts: tuple[int, ...], steps: int, device: torch.device
+) -> dict[str, dict[int, list[float]]]:
+    """Milliseconds of each step, by variant and context."""
+    made = models(shape, contexts, device)
+    compiled = {name: torch.compile(model, dynamic=False) for name, model in made.items()} if device.type == "cuda" else {}
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    times: dict[str, dict[int, list[float]]] = {}
+    with tqdm(total=len(contexts) * (WARM_UP + steps), unit="step", dynamic_ncols=True) as bar:
+        for context in contexts:
+            torch._dynamo.reset()
+            ids = torch.randint(VOCABULARY, (1, context), device=device)
+            variants = steps_of(made, compiled, ids, steps)
+            for i in range(WARM_UP + steps):
+                for name, step in variants.items():
+                    if name == SCRATCH and i % 4:  # slow, and its spread is small beside its size
+                        continue
+                    start = now(device)
+                    step(token)
+                    if i >= WARM_UP:
+                        times.setdefault(name, {}).setdefault(context, []).append(1e3 * (now(device) - start))
+                bar.set_postfix_str(f"context {context}", refresh=False)
+                bar.update()
+    return times
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratios(times: dict[str, dict[int, list[float]]], context: int) -> dict[str, float]:
+    """StableMask over causal, the median over steps that were taken one after the other."""
+    pairs = {"cache": (STABLEMASK, CAUSAL), "static cache, compiled": (COMPILED[STABLEMASK], COMPILED[CAUSAL])}
+    return {
+        what: statistics.median(a / b for a, b in zip(times[ours][context], times[theirs][context], strict=True))
+        for what, (ours, theirs) in pairs.items()
+        if ours in times
+    }
+
+
+def table(times: dict[str, dict[int, list[float]]]) -> str:
+    contexts = list(times[CAUSAL])
+    rows: list[tuple[str, ...]] = []
+    for name, by_context in times.items():
+        cells = []
+        for context in contexts:
+            fifths = statistics.quantiles(by_context[context], n=5)
+            cells.append(f"{statistics.median(by_context[context]):.2f} ({fifths[0]:.2f} to {fifths[3]:.2f})")
+        rows.append((name, *cells))
+    for what in ratios(times, contexts[0]):
+        rows.append((f"*StableMask / causal, {what}*", *(f"*{ratios(times, context)[what]:.3f}*" for context in contexts)))
+    return report.markdown_table(("ms a token, median (p20 to p80)", *(f"context {context}" for context in contexts)), rows)
+
+
+def draw(times: dict[str, dict[int, list[float]]], path: Path) -> None:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, by_context in times.items():
+        color = "tab:orange" if name == SCRATCH else "tab:blue" if name.startswith("StableMask") else "tab:gray"
+        line = "--" if name.startswith("causal") else "-"
+        medians = [statistics.median(values) for values in by_context.values()]
+        axes.plot(
+            list(by_context), medians, line, color=color, marker="s" if "compiled" in name else "o", markersize=4, label=name
+        )
+    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms a token")
+    axes.set_xticks(list(times[CAUSAL]), labels=[str(context) for context in times[CAUSAL]])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None, shape: dict[str, int] | None = None, contexts: tuple[int, ...] = CONTEXTS) -> None:
+    argv, shape = sys.argv[1:] if argv is None else argv, shape or SHAPE
+    parser = report.Parser(
+        prog="python -m benchmarks.decode", description="The time of one more token, by attention and context."
+    )
+    parser.add_argument("--steps", type=int, default=40, help="tokens at each context (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        report.at_least("--steps", args.steps, 8)
+        stem = report.result_stem(report.out_folder(args.out), "decode", device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    source = report.environment(shlex.join(["python", "-m", "benchmarks.decode", *argv]), device)
+    times = measure(shape, contexts, args.steps, device)
+    record = {
+        "benchmark": "decode",
+        "ms": times,
+        "ratios": {context: ratios(times, context) for context in contexts},
+        "shape": shape,
+    }
+    print(table(times))
+    draw(times, stem.with_name(stem.name + ".png"))
+    notes = (
+        f"![latency]({stem.name}.png)\n\nRatios are medians over adjacent steps. Batch 1, random weights, "
+        + ", ".join(f"{key} {value}" for key, value in shape.items())
+        + ". On a CPU the times themselves mean little, the ratios do."
+    )
+    report.write(stem, "Latency of a decode step (Figure 5)", source, table(times), notes, record)
+    print(f"wrote {stem}.png, .md and .json")
+    print(json.dumps({key: value for key, value in record.items() if key != "ms"}))
+
+
+if __name__ == "__main__":
+    main()
