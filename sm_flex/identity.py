@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm_flex.engines import Call, Settings, cpu, cudnn, efficient, flash, varlen, varlen_cpu
+from sm_flex.engines import Call, Settings, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue, log_mass_grad
 
@@ -50,6 +50,11 @@ def attend(
     learned = torch.is_grad_enabled() and mass.gamma.requires_grad
     # The kernel works log M out by itself; elsewhere, and where log M has a gradient, it is a small table.
     table = mass.shared_table(wide) if learned or not q.is_cuda else None
+    if not torch.compiler.is_compiling() and not _differentiable(q, k, v, bias, table):
+        # In a decode step the Function alone would cost more than the attention.
+        call = Call(q, k, v, bias, cu_q, cu_k, settings)
+        out, lse, _ = _forward(engine, call, mass if table is None else table)
+        return out, lse if want_lse else None
     gamma, positions = (mass.gamma, mass.positions) if table is None else (None, None)
     restarts = mass.cu_seqlens is not None
     # Dynamo wants the tensors of an autograd Function to be distinct.
@@ -64,19 +69,29 @@ def attend(
     return out, lse if want_lse else None
 
 
+def _differentiable(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _forward(engine: str, call: Call, mass: Tensor | Mass) -> tuple[Tensor, Tensor, State]:
+    """out', lse' and what the engine's backward wants kept."""
+    out, lse, state = ENGINES[engine].forward(call)
+    if call.bias is not None:
+        dead = torch.isneginf(call.bias).all(-1)
+        lse = lse.masked_fill(dead, -torch.inf)
+        out = out.masked_fill(dead.unsqueeze(-1), 0.0)
+    out, lse = epilogue(out, lse, mass, in_place=True)
+    return out, lse, state
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, engine, settings, length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions):
         call = Call(q, k, v, bias, cu_q, cu_q if cu_k is None else cu_k, settings)
-        out, lse, state = ENGINES[engine].forward(call)
-        if bias is not None:
-            dead = torch.isneginf(bias).all(-1)
-            lse = lse.masked_fill(dead, -torch.inf)
-            out = out.masked_fill(dead.unsqueeze(-1), 0.0)
         mass = table
         if table is None:
-            mass = Mass(gamma, positions, cu_q if restarts else None, length, out.shape[2])
-        out, lse = epilogue(out, lse, mass, in_place=True)
+            mass = Mass(gamma, positions, cu_q if restarts else None, length, q.shape[2])
+        out, lse, state = _forward(engine, call, mass)
         ctx.engine, ctx.settings = engine, settings
         ctx.save_for_backward(q, k, v, bias, cu_q, cu_k, table, out, lse, *state)
         ctx.set_materialize_grads(False)

@@ -6,8 +6,11 @@ import pickle
 import mpmath
 import pytest
 import torch
+from torch import Tensor
 
-from sm_flex import headwise_gamma, log_mass
+import sm_flex
+from sm_flex import headwise_gamma, log_mass, stablemask
+from sm_flex.mass import Mass
 
 GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
 LENGTHS = [1, 2, 5, 100, 131072]
@@ -121,3 +124,57 @@ def test_a_stablemask_survives_pickling():
     again = pickle.loads(pickle.dumps(stablemask(0.5, length=7)))
     assert again.gamma == 0.5
     assert again.length == 7
+
+
+def mass_of(gamma: Tensor, positions: Tensor | None, length: int = 50, num_queries: int = 7) -> Mass:
+    return Mass(gamma, positions, None, length, num_queries)
+
+
+def test_a_shared_table_is_found_again_by_value_and_by_nothing_else() -> None:
+    gamma, positions = torch.tensor([0.5, 0.125]), torch.arange(7)
+    first = mass_of(gamma, positions).shared_table(torch.float32)
+    assert mass_of(gamma.clone(), positions.clone()).shared_table(torch.float32) is first
+    with torch.inference_mode():
+        assert mass_of(gamma, positions).shared_table(torch.float32) is first
+    others = [
+        mass_of(gamma.double(), positions).shared_table(torch.float32),
+        mass_of(gamma, positions, length=51).shared_table(torch.float32),
+        mass_of(gamma, positions + 1).shared_table(torch.float32),
+        mass_of(gamma, None).shared_table(torch.float32),
+        mass_of(gamma, positions).shared_table(torch.float64),
+    ]
+    assert all(other is not first for other in others)
+
+
+def test_a_gamma_or_positions_changed_in_place_are_noticed() -> None:
+    gamma, positions = torch.tensor([0.5, 0.25]), torch.arange(7)
+    before = mass_of(gamma, positions).shared_table(torch.float64)
+    gamma.data.fill_(0.125)  # which even the version of a tensor does not show
+    positions.data.add_(3)
+    after = mass_of(gamma, positions).shared_table(torch.float64)
+    torch.testing.assert_close(after, mass_of(gamma, positions).table(torch.float64), rtol=0, atol=0)
+    assert not torch.equal(after, before)
+
+
+def test_a_table_first_made_in_inference_mode_serves_training() -> None:
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+    mask = stablemask(0.3125, length=77)
+    with torch.inference_mode():
+        sm_flex.flex_attention(q, q, q, score_mod=mask)
+    sm_flex.flex_attention(q, q, q, score_mod=mask).sum().backward()
+    assert q.grad is not None
+
+
+def test_what_log_mass_returns_may_be_written_to() -> None:
+    q = torch.randn(1, 2, 9, 8)
+    mask = stablemask(torch.tensor([0.3, 0.2]), length=9)
+    before = sm_flex.flex_attention(q, q, q, score_mod=mask)
+    log_mass(mask.gamma, torch.arange(9), 9).fill_(0.0)
+    assert torch.equal(sm_flex.flex_attention(q, q, q, score_mod=mask), before)
+
+
+def test_a_learned_gamma_has_its_own_table() -> None:
+    gamma = torch.tensor([0.5, 0.25], requires_grad=True)
+    tables = [mass_of(gamma, None).shared_table(torch.float64) for _ in range(2)]
+    assert tables[0] is not tables[1]
+    assert tables[1].requires_grad

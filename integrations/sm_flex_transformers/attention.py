@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sm_flex import scaled_dot_product_attention, stablemask
+from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import masks, settings
+from sm_flex_transformers import masks, requests
 
 
 def stablemask_attention(
@@ -58,13 +58,14 @@ def stablemask_attention(
         if visible is not None:
             positions = masks.from_first_token(position_ids, visible)
         visible = masks.within_documents(visible, position_ids)
-    if positions is not None and positions.shape[0] == 1:
-        positions = positions[0]
-    gamma, length = settings.read(module.config, getattr(module, "layer_idx", None), query.device)
+    if softcap is None and positions is position_ids:
+        mask = requests.shared(module, position_ids, query.device)
+    else:
+        mask = requests.new(module, positions, query.device, _soft_capping(softcap))
     out = scaled_dot_product_attention(
         query, key, value,
         attn_mask=visible, dropout_p=dropout, is_causal=visible is None and num_queries > 1, scale=scaling, enable_gqa=True,
-        score_mod=stablemask(gamma, length=length, positions=positions, score_mod=_soft_capping(softcap)),
+        score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
