@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names: dict = {}
     exec(code, names)
