@@ -1,7 +1,7 @@
 """Loss curves of the real nanoGPT, plain causal against StableMask, by the launcher and over several seeds.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m benchmarks.nanogpt_curves nanoGPT        # Python's own standard library is the text; 25 minutes on one core
+    python -m benchmarks.nanogpt_curves nanoGPT        # Python's own standard library is the text; 15 minutes on one idle core
 
 The checkout's scripts are copied to a temporary folder, the text becomes bytes in train.bin and val.bin there (files of the
 validation are not those of the training), and nanoGPT's own train.py runs through ``python -m sm_flex_nanogpt``, once for
@@ -55,7 +55,7 @@ class Size:
     n_embd: int = 128
     block_size: int = 128
     batch_size: int = 16
-    eval_iters: int = 40
+    eval_iters: int = 20
     learning_rate: float = 1e-3
 
 
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     parser = report.Parser(prog=PROG, description="Train nanoGPT: causal against StableMask.")
     parser.add_argument("checkout", type=Path, help="folder of a nanoGPT checkout, which is only read")
     parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=1600, help=f"of each run, down to a multiple of {VALIDATIONS}")
+    parser.add_argument("--steps", type=int, default=800, help=f"of each run, down to a multiple of {VALIDATIONS}")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
     parser.add_argument("--gamma", default="headwise", help="as the launcher takes it (default %(default)s)")
     parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
