@@ -33,8 +33,9 @@ class Checkout:
         """As in a new process: no module of any checkout, and sys.path as it was."""
         self._monkeypatch.setattr(sys, "path", list(self._path))
         for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if file is not None and Path(file).is_relative_to(self.folder):
+            spec = getattr(module, "__spec__", None)  # scripts/ is a namespace, which has no file
+            places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+            if any(place is not None and Path(place).is_relative_to(self.folder) for place in places):
                 del sys.modules[name]
 
     def module(self, name: str) -> ModuleType:
@@ -43,17 +44,24 @@ class Checkout:
         self._monkeypatch.syspath_prepend(self.folder)
         return importlib.import_module(name)
 
+    def loaded(self, name: str) -> ModuleType:
+        """A module of the checkout as the last run left it."""
+        return sys.modules[name]
+
     def run(self, main: Callable[[Sequence[str]], None], *argv: str) -> None:
         """A launcher's main, in this process."""
         self.forget()
         main(argv)
 
     def plain(self, script: str, *argv: str) -> None:
-        """The script without a launcher, as `python script`, in this process."""
+        """The script without a launcher, as `python script` or `python -m script`, in this process."""
         self.forget()
         self._monkeypatch.syspath_prepend(self.folder)
         self._monkeypatch.setattr(sys, "argv", [script, *argv])
-        runpy.run_path(script, run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
 
     def python(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Another process, in which the integrations are installed."""
