@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     settings = ", ".join(f"{key} {value}" for key, value in config.items())
     notes = (
         f"Validation loss at the end, nats a byte. {verdict(runs)}\n\n![losses]({stem.name}.png)\n\n"
-        f"Both runs of a seed have the same initial weights and batches. {settings}, dropout 0."
+        f"Both runs of a seed have the same initial weights and batches. {settings}, dropout 0. Runs take turns, so where the "
+        "machine has other work the times tell nothing."
     )
     report.write(stem, title, source, table(runs), notes, record)
     print(table(runs), verdict(runs), f"wrote {stem}.png, .md and .json", sep="\n")
