@@ -88,12 +88,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def commit() -> str:
-    """The short hash of HEAD, with -dirty where anything but result files differs from it."""
-    head = _output("git", "rev-parse", "--short", "HEAD")
+def commit(folder: Path = ROOT) -> str:
+    """The short hash of HEAD in a checkout, with -dirty where anything but result files differs from it."""
+    head = _output("git", "-C", str(folder.absolute()), "rev-parse", "--short", "HEAD")
     if head is None:
         return "unknown"
-    changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changed = _output("git", "-C", str(folder.absolute()), "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return f"{head}-dirty" if changed else head
 
 

@@ -1,0 +1,109 @@
+"""--attn, --gamma and --switch_attn: read before the launched script's own parser sees the command line."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sm_flex import headwise_gamma
+
+ATTENTIONS = ("causal", "stablemask")
+
+
+class BadInput(Exception):
+    """Something that the user must change, in one line."""
+
+
+class Request(NamedTuple):
+    """The attention asked for: gamma is "headwise" or numbers with commas between; switch takes any checkpoint."""
+
+    attn: str
+    gamma: str
+    switch: bool
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint remembers; two requests of one name are one attention."""
+        return self.attn if self.attn == "causal" else f"{self.attn} with gamma {self.gamma}"
+
+    def rates(self, num_heads: int) -> Tensor:
+        """gamma as stablemask() takes it: float32, 0-d for a single number, else (H,).
+
+        Raises:
+            BadInput: the list of numbers is not one for each head.
+        """
+        if self.gamma == "headwise":
+            return headwise_gamma(num_heads)
+        rates = [float(rate) for rate in self.gamma.split(",")]
+        if len(rates) == 1:
+            return torch.tensor(rates[0])
+        if len(rates) != num_heads:
+            raise BadInput(f"--gamma must have one number for each of the {num_heads} heads, got {len(rates)}: {self.gamma}")
+        return torch.tensor(rates)
+
+    def check(self, trained: str) -> None:
+        """A checkpoint's attention against this one.
+
+        Raises:
+            BadInput: they differ, and --switch_attn was not given.
+        """
+        if trained != self.name and not self.switch:
+            raise BadInput(f"the checkpoint was trained with {trained}, not {self.name}: --switch_attn takes it all the same")
+
+
+def take_request(argv: Sequence[str]) -> tuple[Request, list[str]]:
+    """Our flags, and the rest of the command line in its order.
+
+    Raises:
+        BadInput: a flag is missing, unknown or does not parse.
+    """
+    values: dict[str, str] = {}
+    rest = []
+    switch = False
+    for arg in argv:
+        flag, equals, value = arg.partition("=")
+        if flag in ("--attn", "--gamma"):
+            if not equals:
+                raise BadInput(f"{flag} takes its value after an equals sign, as in --attn=stablemask --gamma=headwise")
+            values[flag] = value
+        elif flag == "--switch_attn":
+            if equals:
+                raise BadInput(f"--switch_attn takes no value, got {arg}")
+            switch = True
+        else:
+            rest.append(arg)
+    attn, gamma = values.get("--attn"), values.get("--gamma")
+    if attn not in ATTENTIONS:
+        raise BadInput(f"--attn must be given as {' or '.join(ATTENTIONS)}, got {attn or 'nothing'}")
+    if attn == "causal" and gamma is not None:
+        raise BadInput(f"--gamma belongs to --attn=stablemask, got --attn=causal --gamma={gamma}")
+    return Request(attn, _normal("headwise" if gamma is None else gamma), switch), rest
+
+
+def _normal(gamma: str) -> str:
+    """One spelling for one gamma: 0.50 and .5 are 0.5."""
+    if gamma == "headwise":
+        return gamma
+    try:
+        rates = [float(rate) for rate in gamma.split(",")]
+    except ValueError:
+        rates = [math.nan]
+    if not all(rate >= 0 for rate in rates):  # NaN too
+        raise BadInput(f"--gamma must be headwise, a number >= 0, or one for each head with commas between, got {gamma!r}")
+    return ",".join(f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate) for rate in rates)
+
+
+@contextmanager
+def one_line(prog: str) -> Iterator[None]:
+    """A BadInput ends the program with exit code 2 and one line on stderr; of several processes the first says it."""
+    try:
+        yield
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

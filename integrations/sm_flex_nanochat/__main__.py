@@ -1,0 +1,3 @@
+from sm_flex_nanochat.launcher import main
+
+main()

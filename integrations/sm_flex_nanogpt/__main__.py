@@ -1,0 +1,3 @@
+from sm_flex_nanogpt.launcher import main
+
+main()
