@@ -86,6 +86,20 @@ def test_every_position_of_a_long_sequence():
     assert torch.isfinite(actual[:-1]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rate_over_131072_positions(dtype: torch.dtype):
+    """float32 rounds what float64 says at every position; float64 is mpmath's at some of each stretch, to the last and beyond."""
+    length = 131072
+    positions = torch.cat([torch.arange(length), length + torch.arange(5)])
+    gamma = torch.cat([headwise_gamma(16), torch.tensor([0.0, 1e-8, 1e-5, 1e4])])
+    actual = log_mass(gamma.to(dtype), positions, length)
+    torch.testing.assert_close(actual, log_mass(gamma.double(), positions, length).to(dtype), rtol=0, atol=0)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-7
+    for rate, row in zip(gamma.double().tolist(), actual.tolist(), strict=True):
+        for p in (1, 1000, length // 2, length - 100, length + 3):
+            assert row[p] == pytest.approx(float(exact(rate, p, length)), rel=tolerance, abs=tolerance)
+
+
 def test_shapes():
     assert log_mass(0.5, torch.arange(7), 7).shape == (1, 7)
     assert log_mass(torch.rand(3), torch.arange(7), 7).shape == (3, 7)
