@@ -60,7 +60,15 @@ def test_value_and_gradient(gamma: float, length: int, dtype: torch.dtype, toler
         assert slope.item() == pytest.approx(exact_slope(value, p, length), rel=50 * tolerance, abs=50 * tolerance)
 
 
-@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf), 3e38, torch.tensor(3e38)])
+@pytest.mark.parametrize("gamma", [0.24995, 0.2499, 0.4999, 0.5, 0.25])
+def test_where_the_series_ends(gamma: float):
+    """Just below x = gamma or (N-1) gamma of 1/2 each term of the series counts; 1e-14 of it is all that is left out."""
+    for p in (0, 1):
+        actual = log_mass(torch.tensor(gamma, dtype=torch.float64), torch.tensor([p]), 3).item()
+        assert actual == pytest.approx(float(exact(gamma, p, 3)), rel=0, abs=3e-14)
+
+
+@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf), 1e30, 3e38, torch.tensor(3e38)])
 def test_infinite_gamma_has_no_mass(gamma: float | torch.Tensor):
     assert torch.isneginf(log_mass(gamma, torch.arange(5), 9)).all()
 
