@@ -108,6 +108,14 @@ def test_every_rate_over_131072_positions(dtype: torch.dtype):
             assert row[p] == pytest.approx(float(exact(rate, p, length)), rel=tolerance, abs=tolerance)
 
 
+def test_a_number_is_rounded_once():
+    """A rate given as a number is float64 to the end: only log M itself is rounded to float32."""
+    positions = torch.arange(5000)
+    exact_rate = torch.tensor(0.1, dtype=torch.float64)
+    assert torch.equal(log_mass(0.1, positions, 6000), log_mass(exact_rate, positions, 6000).float())
+    assert not torch.equal(log_mass(0.1, positions, 6000), log_mass(torch.tensor(0.1), positions, 6000))
+
+
 def test_shapes():
     assert log_mass(0.5, torch.arange(7), 7).shape == (1, 7)
     assert log_mass(torch.rand(3), torch.arange(7), 7).shape == (3, 7)
