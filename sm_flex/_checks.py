@@ -19,6 +19,15 @@ def readable(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
 
 
+def check_no_transform() -> None:
+    """torch.func cannot see through the autograd Functions here."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func (vmap, grad, vjp, jvp, ...) does not reach into StableMask attention: use torch.autograd, "
+            "and the batch dimension in the place of vmap"
+        )
+
+
 def check_gamma(gamma: Any) -> Tensor:
     """gamma as a tensor: a number becomes 0-d float64."""
     if isinstance(gamma, Tensor):
@@ -93,6 +102,7 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
 
 def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -> None:
     """query, key and value against each other; layout is "BHSD" or "THD"."""
+    check_no_transform()
     dims, heads_dim = len(layout), layout.index("H")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):

@@ -161,7 +161,7 @@ def document_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _closed_form(gamma: Tensor, positions: Tensor, length: int) -> Tensor:
     """log M for gamma (H|1, 1) and positions broadcastable to it, in gamma's dtype; every branch of a where() is finite."""
     positions = positions.long()
-    terms = torch.where(positions >= length, 1, length - 1 - positions)
+    terms = length - 1 - positions  # below 0 from N on, where the one pseudo score -(p+1) gamma remains
     empty = (terms == 0) | (gamma >= HUGE)
     n = terms.clamp(min=1).to(gamma.dtype)
     gamma = torch.where(gamma >= HUGE, 1.0, gamma)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from sm_flex._checks import check_no_transform
 from sm_flex.mass import Mass
 from sm_flex.share import exp_difference, pseudo_share, shares
 
@@ -38,6 +39,7 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape or device.
+        NotImplementedError: under a torch.func transform.
 
     Example:
         >>> out, lse = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2)
@@ -63,6 +65,7 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     )
     if not fits:
         raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
+    check_no_transform()
     new_out, new_lse = _Remask.apply(out, lse, log_mass.to(lse.dtype))
     return new_out, new_lse
 

@@ -63,7 +63,15 @@ def test_value_and_gradient(gamma: float, length: int, dtype: torch.dtype, toler
         assert slope.item() == pytest.approx(exact_slope(value, p, length), rel=50 * tolerance, abs=50 * tolerance)
 
 
-@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf), 3e38, torch.tensor(3e38)])
+@pytest.mark.parametrize("gamma", [0.24995, 0.2499, 0.4999, 0.5, 0.25])
+def test_where_the_series_ends(gamma: float):
+    """Just below x = gamma or (N-1) gamma of 1/2 each term of the series counts; 1e-14 of it is all that is left out."""
+    for p in (0, 1):
+        actual = log_mass(torch.tensor(gamma, dtype=torch.float64), torch.tensor([p]), 3).item()
+        assert actual == pytest.approx(float(exact(gamma, p, 3)), rel=0, abs=3e-14)
+
+
+@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf), 1e30, 3e38, torch.tensor(3e38)])
 def test_infinite_gamma_has_no_mass(gamma: float | torch.Tensor):
     assert torch.isneginf(log_mass(gamma, torch.arange(5), 9)).all()
 
@@ -87,6 +95,28 @@ def test_every_position_of_a_long_sequence():
     torch.testing.assert_close(actual[head], tail[1:].log()[head].float(), rtol=1e-6, atol=2e-6)
     assert torch.isneginf(actual[-1])
     assert torch.isfinite(actual[:-1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rate_over_131072_positions(dtype: torch.dtype):
+    """float32 rounds what float64 says at every position; float64 is mpmath's at some of each stretch, to the last and beyond."""
+    length = 131072
+    positions = torch.cat([torch.arange(length), length + torch.arange(5)])
+    gamma = torch.cat([headwise_gamma(16), torch.tensor([0.0, 1e-8, 1e-5, 1e4])])
+    actual = log_mass(gamma.to(dtype), positions, length)
+    torch.testing.assert_close(actual, log_mass(gamma.double(), positions, length).to(dtype), rtol=0, atol=0)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-7
+    for rate, row in zip(gamma.double().tolist(), actual.tolist(), strict=True):
+        for p in (1, 1000, length // 2, length - 100, length + 3):
+            assert row[p] == pytest.approx(float(exact(rate, p, length)), rel=tolerance, abs=tolerance)
+
+
+def test_a_number_is_rounded_once():
+    """A rate given as a number is float64 to the end: only log M itself is rounded to float32."""
+    positions = torch.arange(5000)
+    exact_rate = torch.tensor(0.1, dtype=torch.float64)
+    assert torch.equal(log_mass(0.1, positions, 6000), log_mass(exact_rate, positions, 6000).float())
+    assert not torch.equal(log_mass(0.1, positions, 6000), log_mass(torch.tensor(0.1), positions, 6000))
 
 
 def test_shapes():

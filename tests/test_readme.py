@@ -3,17 +3,22 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example():
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+def test_examples(capsys: pytest.CaptureFixture[str]):
+    use, transformers, check = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in use.splitlines() if line.strip()]) <= 10
     names: dict = {}
-    exec(code, names)
+    exec(use, names)
     assert names["out"].shape == (2, 8, 128, 64)
     assert names["q"].grad.abs().sum() > 0
+    exec(transformers, {})
+    exec(check, names)
+    assert "14 laws passed, 0 failed, 5 not run" in capsys.readouterr().out
 
 
 def test_tree():
