@@ -25,6 +25,8 @@ SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
 SMALL = 0.5
 # From here on e^-gamma is nothing in any float: the row is plain causal, as for gamma = inf.
 HUGE = 1e30
+# The largest table that is kept to be found again, in elements.
+KEPT = 2**22
 
 
 class Mass(NamedTuple):
@@ -65,13 +67,14 @@ class Mass(NamedTuple):
         # A dispatch mode (selective checkpointing) counts the operations of a call: they must be the same each time.
         if learned or not all(x is None or readable(x) for x in inputs) or _get_current_dispatch_mode() is not None:
             return self.table(dtype)
-        for known in _TABLES:
+        for known in tuple(_TABLES):  # other threads append
             if known.key == (dtype, self.length, self.num_queries) and all(map(_same, known.inputs, inputs)):
                 return known.table
         with torch.inference_mode(False), torch.no_grad():
             copies = tuple(None if x is None else x.detach().clone() for x in inputs)
             table = self.table(dtype)
-        _TABLES.append(_Known((dtype, self.length, self.num_queries), copies, table))
+        if table.numel() <= KEPT:
+            _TABLES.append(_Known((dtype, self.length, self.num_queries), copies, table))
         return table
 
 

@@ -164,6 +164,15 @@ def test_the_forward_compiles_whole(fresh_compiler: None) -> None:
     agree(grads, [p.grad for p in model.parameters() if p.grad is not None])
 
 
+def test_packed_rows_stay_apart_when_compiled_with_a_cache(fresh_compiler: None) -> None:
+    documents = [tokens(1, n) for n in (5, 11, 3)]
+    positions = torch.cat([torch.arange(n) for n in (5, 11, 3)])[None]
+    model = model_of(CONFIGS["llama"]())
+    with torch.no_grad():
+        packed = torch.compile(model, fullgraph=True, backend="aot_eager")(torch.cat(documents, 1), position_ids=positions)
+        agree(packed.logits, torch.cat([model(document).logits for document in documents], 1), ROPE)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_trainer_packs_and_learns(tmp_path: Path) -> None:
     """Trainer on packed rows: the losses of the same run with eq. 11, and not those of causal attention."""

@@ -6,7 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartModel, BertConfig, BertModel, GPT2Config, GptOssConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    CodeGenConfig,
+    GPT2Config,
+    GptOssConfig,
+    MptConfig,
+    PreTrainedModel,
+    XGLMConfig,
+)
 
 from sm_flex_transformers import GammaSchedule, settings, stablemask_attention
 from tests.transformers_models import COMMON, CONFIGS, LENGTH, model_of, tokens
@@ -88,6 +101,15 @@ def test_a_model_made_bidirectional_is_refused() -> None:
         layer.self_attn.is_causal = False
     with pytest.raises(NotImplementedError, match="LlamaAttention is not"):
         model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("config", [BloomConfig, MptConfig, CodeGenConfig, XGLMConfig])
+def test_a_model_without_the_attention_interface_is_refused(config: Any) -> None:
+    """Its own attention would go on without StableMask, and without the causal mask that it counts on."""
+    small = config(vocab_size=61, num_attention_heads=4, n_layer=1, num_layers=1, n_head=4, n_embd=32, hidden_size=32, d_model=32)
+    small._attn_implementation = "stablemask"
+    with pytest.raises(NotImplementedError, match="do not use Transformers' attention interface"):
+        AutoModelForCausalLM.from_config(small)(tokens(1, 5))
 
 
 def test_sinks_are_refused() -> None:
@@ -198,6 +220,6 @@ def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
     values = [schedule.gamma(step, 2)[1] for step in range(11)]
     assert values == sorted(values, reverse=True)
     model = llama()
-    schedule.on_step_begin(None, type("State", (), {"global_step": 10})(), None, model=model)
+    schedule.on_step_begin(None, SimpleNamespace(global_step=10), None, model=model)
     assert model.config.stablemask["length"] == LENGTH
     assert model.config.stablemask["gamma"] == pytest.approx(schedule.gamma(10, 6))

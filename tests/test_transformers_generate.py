@@ -66,6 +66,24 @@ def test_a_static_cache_logit_by_logit(name: str) -> None:
     agree(torch.cat(parts, 1), full)
 
 
+@MODELS
+def test_a_left_padded_loop_of_ones_own_needs_no_position_ids(name: str) -> None:
+    """Prefill and cached steps with Transformers' default positions, 0..T-1 whatever the padding."""
+    prompts, inputs = ragged([9, 4, 6], "left")
+    model, new = model_of(CONFIGS[name]()), tokens(3, 5)
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+        logits = []
+        for token in new.split([1, 3, 1], dim=1):
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            logits.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+        for row, prompt in enumerate(prompts):
+            alone = model(torch.cat([prompt, new[row : row + 1]], 1), use_cache=False).logits[:, prompt.shape[1] :]
+            agree(torch.cat(logits, 1)[row : row + 1], alone, 1e-5)  # RoPE's angles are float32
+
+
 def test_beyond_n_the_mass_is_tau() -> None:
     """From N on a row keeps tau = -(p+1) gamma: not plain causal, and not the mass of a longer training length."""
     ids = tokens(1, BEYOND)

@@ -54,9 +54,9 @@ def stablemask_attention(
             "tokens: call it without padding and without a cache"
         )
     positions = position_ids
+    if position_ids is not None and visible is not None:
+        positions = masks.from_first_token(position_ids, visible, num_keys)
     if position_ids is not None and num_queries == num_keys > 1:
-        if visible is not None:
-            positions = masks.from_first_token(position_ids, visible)
         visible = masks.within_documents(visible, position_ids)
     if softcap is None and positions is position_ids:
         mask = requests.shared(module, position_ids, query.device)

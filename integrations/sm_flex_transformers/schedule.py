@@ -11,17 +11,23 @@ from sm_flex import headwise_gamma
 class GammaSchedule(TrainerCallback):
     """Trainer callback: every head's gamma falls from start to its target over the first ``steps`` steps, then stays.
 
-    From log gamma = log start (at start >= 10 even the first rows are all but causal: M(0) < 5e-5) linearly to log target.
-    The current value stands in model.config.stablemask["gamma"], so a checkpoint resumes where it was, and the last value is
-    saved as the list that it is.
+    log gamma falls linearly, from a start at which even the first rows are all but causal (M(0) < 5e-5). The current value
+    stands in model.config.stablemask["gamma"], so that a checkpoint resumes where it was, and the last value is saved as the
+    list that it is.
 
     Args:
         steps: of the optimizer, at least 1.
         target: "headwise", a number, or one number a head; all > 0.
         start: > 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that does not run
+            stablemask, or whose config asks for a gamma that is not the target.
     """
 
     def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = 10.0) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps must be an int, got {steps!r}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         numbers = [] if target == "headwise" else target if isinstance(target, list) else [target]
@@ -37,6 +43,21 @@ class GammaSchedule(TrainerCallback):
             targets = self.target if isinstance(self.target, list) else [float(self.target)] * num_heads
         done = min(1.0, step / self.steps)
         return [math.exp((1 - done) * math.log(self.start) + done * math.log(target)) for target in targets]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        config = model.config
+        if config._attn_implementation != "stablemask":
+            raise ValueError(
+                f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
+                'load it so, or model.set_attn_implementation("stablemask")'
+            )
+        given = (getattr(config, "stablemask", None) or {}).get("gamma", self.target)
+        # A resumed run finds the value that the schedule left before its last step.
+        left = self.gamma(max(0, state.global_step - 1), config.num_attention_heads)
+        if given not in (self.target, self.start, left):
+            raise ValueError(
+                f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: pass target={given!r}'
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         config = model.config
