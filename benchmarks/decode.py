@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None, shape: dict[str, int] | None = None, con
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        report.at_least("--steps", args.steps, 8)
+        report.at_least("--steps", args.steps, 16)
         stem = report.result_stem(report.out_folder(args.out), "decode", device)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def readable(x: Tensor) -> bool:
@@ -17,6 +19,16 @@ def readable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
+
+
+def plain_eager() -> bool:
+    """Whether a call is nothing but itself: not compiled, not traced, without forward-mode tangents or a dispatch mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def check_no_transform() -> None:

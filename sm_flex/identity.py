@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sm_flex._checks import plain_eager
 from sm_flex.engines import Call, Settings, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue, log_mass_grad
@@ -50,7 +51,7 @@ def attend(
     learned = torch.is_grad_enabled() and mass.gamma.requires_grad
     # The kernel works log M out by itself; elsewhere, and where log M has a gradient, it is a small table.
     table = mass.shared_table(wide) if learned or not q.is_cuda else None
-    if not torch.compiler.is_compiling() and not _differentiable(q, k, v, bias, table):
+    if plain_eager() and not _differentiable(q, k, v, bias, table):
         # In a decode step the Function alone would cost more than the attention.
         call = Call(q, k, v, bias, cu_q, cu_k, settings)
         out, lse, _ = _forward(engine, call, mass if table is None else table)
@@ -90,7 +91,8 @@ class _Attend(torch.autograd.Function):
         call = Call(q, k, v, bias, cu_q, cu_q if cu_k is None else cu_k, settings)
         mass = table
         if table is None:
-            mass = Mass(gamma, positions, cu_q if restarts else None, length, q.shape[2])
+            num_queries = q.shape[0] if q.dim() == 3 else q.shape[2]
+            mass = Mass(gamma, positions, cu_q if restarts else None, length, num_queries)
         out, lse, state = _forward(engine, call, mass)
         ctx.engine, ctx.settings = engine, settings
         ctx.save_for_backward(q, k, v, bias, cu_q, cu_k, table, out, lse, *state)

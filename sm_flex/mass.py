@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions, readable
+from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions, plain_eager, readable
 
 # x^2, x^4, ... coefficients of log(sinh(x/2) / (x/2)); below |x| = SMALL they are exact to 1e-14.
 SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
@@ -64,8 +63,8 @@ class Mass(NamedTuple):
         """
         inputs = (self.gamma, self.positions, self.cu_seqlens)
         learned = torch.is_grad_enabled() and self.gamma.requires_grad
-        # A dispatch mode (selective checkpointing) counts the operations of a call: they must be the same each time.
-        if learned or not all(x is None or readable(x) for x in inputs) or _get_current_dispatch_mode() is not None:
+        # A trace would keep the table as a constant, and selective checkpointing counts on the same operations each time.
+        if learned or not plain_eager() or not all(x is None or readable(x) for x in inputs):
             return self.table(dtype)
         for known in tuple(_TABLES):  # other threads append
             if known.key == (dtype, self.length, self.num_queries) and all(map(_same, known.inputs, inputs)):
@@ -84,7 +83,7 @@ class _Known(NamedTuple):
     table: Tensor
 
 
-_TABLES: deque[_Known] = deque(maxlen=4)
+_TABLES: deque[_Known] = deque(maxlen=8)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

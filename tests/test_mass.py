@@ -2,11 +2,14 @@
 
 import math
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mpmath
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import sm_flex
 from sm_flex import headwise_gamma, log_mass, stablemask
@@ -208,3 +211,44 @@ def test_a_learned_gamma_has_its_own_table() -> None:
     tables = [mass_of(gamma, None).shared_table(torch.float64) for _ in range(2)]
     assert tables[0] is not tables[1]
     assert tables[1].requires_grad
+
+
+def test_threads_that_share_the_tables() -> None:
+    """Each thread asks for tables that the others push out."""
+
+    def ask(thread: int) -> None:
+        for i in range(200):
+            gamma = torch.tensor([0.5, thread + i % 7 + 0.25])
+            table = mass_of(gamma, None).shared_table(torch.float64)
+            assert torch.equal(table, mass_of(gamma, None).table(torch.float64))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(ask, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_mode_tangent_of_gamma_is_never_lost() -> None:
+    gamma, q = torch.tensor([0.5, 0.25]), torch.randn(1, 2, 7, 8)
+    sm_flex.flex_attention(q, q, q, score_mod=stablemask(gamma, length=50))  # its table is known now
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(gamma, torch.ones(2))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            sm_flex.flex_attention(q, q, q, score_mod=stablemask(dual, length=50))
+        assert forward_ad.unpack_dual(log_mass(dual, torch.arange(7), 50)).tangent is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_does_not_keep_a_known_table() -> None:
+    q, positions = torch.randn(1, 2, 7, 8), torch.arange(7)
+
+    def attend(q: Tensor, positions: Tensor) -> Tensor:
+        return sm_flex.flex_attention(q, q, q, score_mod=stablemask(0.25, length=50, positions=positions))
+
+    attend(q, positions)
+    traced = torch.jit.trace(attend, (q, positions), check_trace=False)
+    torch.testing.assert_close(traced(q, positions + 9), attend(q, positions + 9))

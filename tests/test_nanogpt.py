@@ -21,8 +21,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checko
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Standard output, without the times."""
-    return [re.sub(r"time .*?ms", "", line) for line in capsys.readouterr().out.splitlines()]
+    """Standard output, without the times and without the launcher's own line."""
+    lines = [re.sub(r"time .*?ms", "", line) for line in capsys.readouterr().out.splitlines()]
+    return [line for line in lines if not line.startswith("attention: ")]
 
 
 def test_causal_is_the_script_untouched_and_infinite_gamma_equals_it(
@@ -165,7 +166,7 @@ def test_two_processes_train_one_model(checkout: Checkout) -> None:
         (("train.py", "--attn=stablemask", "--gamma=1,,2"), "got '1,,2'"),
         (("train.py", "--attn=stablemask", "--gamma=1,2"), "--gamma must have one number for each of the 3 heads, got 2"),
         (("train.py", "--attn=causal", "--gamma=1"), "--gamma belongs to --attn=stablemask"),
-        (("train.py", "--attn=causal", "--switch_attn=True"), "--switch_attn takes no value"),
+        (("train.py", "--attn=causal", "--switch_attn=yes"), "--switch_attn is given as it is, or as True or False"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -184,6 +185,9 @@ def test_a_folder_that_is_no_checkout_is_refused(missing: str, checkout: Checkou
     assert f"this is not a nanoGPT checkout: no {missing} in" in line
 
 
+WINDOW = "torch.ones(length, length).tril().triu(-63).bool()"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
@@ -192,6 +196,9 @@ def test_a_folder_that_is_no_checkout_is_refused(missing: str, checkout: Checkou
         ("attn_mask=None,", "attn_mask=None, scale=0.1,", "is not plain causal attention"),
         ("is_causal=True", "is_causal=False", "is not plain causal attention"),
         ("q, k, v = (", "k, q, v = (", "is not plain causal attention"),
+        # a window of 64 tokens, and a weight that starts at 0 and does nothing yet
+        ("attn_mask=None, dropout_p=p, is_causal=True", f"attn_mask={WINDOW}, dropout_p=p", "is not plain causal attention"),
+        ("self.flash = True", "self.gate = nn.Parameter(torch.zeros(3))", "is not plain causal attention"),
     ],
 )
 def test_an_attention_that_would_lose_something_is_refused(

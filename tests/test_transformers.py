@@ -136,6 +136,49 @@ def test_what_is_saved_is_what_is_loaded(gamma: Any, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("write", ["add_", "data", "numpy"])
+def test_position_ids_changed_in_place_are_read_anew(write: str) -> None:
+    model, ids, positions = model_of(CONFIGS["llama"]()), tokens(1, 12), torch.arange(12)[None]
+    with torch.no_grad():
+        model(ids, position_ids=positions, use_cache=False)
+        if write == "numpy":
+            positions.numpy()[...] += 3  # which a tensor's version does not show
+        else:
+            (positions if write == "add_" else positions.data).add_(3)
+        again = model(ids, position_ids=positions, use_cache=False).logits
+        agree(again, model(ids, position_ids=positions.clone(), use_cache=False).logits)
+        positions.data.copy_(torch.cat([torch.arange(5), torch.arange(7)]))  # and now two documents
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        agree(packed[:, 5:], model(ids[:, 5:]).logits, ROPE)
+
+
+def test_a_tree_of_tokens_under_a_mask_of_ones_own() -> None:
+    """Two branches from one root, positions 0 1 1 2 2: the user's mask says who sees whom, not the positions."""
+    ids, positions = tokens(1, 6), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    visible = (torch.arange(6)[:, None] >= torch.arange(6)) & (torch.arange(6)[:, None] % 2 == torch.arange(6) % 2)
+    model = model_of(CONFIGS["llama"]())
+    with torch.no_grad():
+        both = model(ids, attention_mask=visible[None, None], position_ids=positions, use_cache=False).logits
+        for branch in (0, 1):
+            agree(both[:, branch::2], model(ids[:, branch::2]).logits, ROPE)
+
+
+def test_a_setting_changed_between_forwards_counts() -> None:
+    model, ids, positions = model_of(CONFIGS["llama"]()), tokens(1, 12), torch.arange(12)[None]
+    with torch.no_grad():
+        model.config.stablemask = {**COMMON["stablemask"]}
+        first = model(ids, position_ids=positions).logits
+        model.config.stablemask["gamma"] = 0.5
+        second = model(ids, position_ids=positions).logits
+        model.config.stablemask = None
+        model.config.max_position_embeddings = 31
+        third = model(ids, position_ids=positions).logits
+        model.config.max_position_embeddings = 90
+        fourth = model(ids, position_ids=positions).logits
+    for a, b in ((first, second), (second, third), (third, fourth)):
+        assert (a - b).abs().max() > 1e-3
+
+
 def test_a_layer_may_have_a_setting_of_its_own() -> None:
     ids = tokens(2, 19)
 

@@ -164,6 +164,17 @@ def test_a_float_mask_under_compile_is_refused(fresh_compiler: None) -> None:
         compiled(tokens(1, 5), attention_mask=custom("float padding"))
 
 
+def test_a_mask_that_shows_a_later_key_is_refused_when_compiled_too(fresh_compiler: None) -> None:
+    compiled = torch.compile(llama(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lets a query see a later key"):
+        compiled(tokens(1, 5), attention_mask=custom("future"))
+
+
+def test_documents_given_by_cu_seq_lens_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="cu_seq_lens_q needs position_ids that restart"):
+        llama()(tokens(1, 7), cu_seq_lens_q=torch.tensor([0, 3, 7]), cu_seq_lens_k=torch.tensor([0, 3, 7]))
+
+
 def test_an_image_block_in_a_causal_model_is_refused() -> None:
     from transformers.masking_utils import create_causal_mask
 
@@ -201,16 +212,32 @@ def test_gpt2_is_served() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("arguments", "error", "why"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"steps": 5, "start": 0.0}, "start"),
-        ({"steps": 5, "target": [0.5, 0.0]}, "target"),
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"steps": 1.5}, TypeError, "steps must be an int"),
+        ({"steps": 5, "start": 0.0}, ValueError, "start"),
+        ({"steps": 5, "target": [0.5, 0.0]}, ValueError, "target"),
     ],
 )
-def test_a_wrong_schedule(arguments: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
+def test_a_wrong_schedule(arguments: dict[str, Any], error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
         GammaSchedule(**arguments)
+
+
+def begin(schedule: GammaSchedule, model: PreTrainedModel, step: int = 0) -> None:
+    schedule.on_train_begin(None, SimpleNamespace(global_step=step), None, model=model)
+
+
+def test_a_schedule_for_another_attention_or_another_gamma_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a model with attn_implementation=\"stablemask\", got 'sdpa'"):
+        begin(GammaSchedule(5), model_of(CONFIGS["llama"](), "sdpa"))
+    half: dict[str, Any] = {"stablemask": {"gamma": 0.5, "length": LENGTH}}
+    with pytest.raises(ValueError, match=r"is 0.5 and the target .* 'headwise': pass target=0.5"):
+        begin(GammaSchedule(5), llama(**half))
+    begin(GammaSchedule(5, target=0.5), llama(**half))
+    begin(GammaSchedule(5), llama(stablemask=None))
+    begin(GammaSchedule(5), llama(stablemask={"gamma": GammaSchedule(5).gamma(3, 6), "length": LENGTH}), step=3)
 
 
 def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
@@ -220,6 +247,8 @@ def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
     values = [schedule.gamma(step, 2)[1] for step in range(11)]
     assert values == sorted(values, reverse=True)
     model = llama()
-    schedule.on_step_begin(None, SimpleNamespace(global_step=10), None, model=model)
+    begin(schedule, model)
+    assert model.config.stablemask["gamma"] == pytest.approx([10.0] * 6)
+    schedule.on_step_end(None, SimpleNamespace(global_step=10), None, model=model)  # the last step of ten
     assert model.config.stablemask["length"] == LENGTH
     assert model.config.stablemask["gamma"] == pytest.approx(schedule.gamma(10, 6))

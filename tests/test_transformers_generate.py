@@ -120,7 +120,7 @@ def test_window_attention_over_the_recent_keys_stays_finite_far_beyond_n() -> No
     agree(last[:, -1], full[:, -1])
 
 
-def test_beam_search_and_sampling_run_on_the_cache() -> None:
+def test_beam_search_reorders_the_cache() -> None:
     model, ids = model_of(CONFIGS["llama-gqa"]()), tokens(2, 5)
     options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "num_beams": 3, "do_sample": False}
     with_cache = model.generate(ids, **options)  # pyright: ignore[reportCallIssue]

@@ -53,15 +53,18 @@ class Request(NamedTuple):
             BadInput: they differ, and --switch_attn was not given.
         """
         if trained != self.name and not self.switch:
-            raise BadInput(f"the checkpoint was trained with {trained}, not {self.name}: --switch_attn takes it all the same")
+            raise BadInput(f"the checkpoint was trained with {trained}, not {self.name}: to use it so, add --switch_attn")
 
 
-def take_request(argv: Sequence[str]) -> tuple[Request, list[str]]:
-    """Our flags, and the rest of the command line in its order.
+def take_request(argv: Sequence[str], usage: str = "") -> tuple[Request, list[str]]:
+    """Our flags, and the rest of the command line in its order. --help prints usage and leaves; else the request is printed.
 
     Raises:
         BadInput: a flag is missing, unknown or does not parse.
     """
+    if "--help" in argv or "-h" in argv:
+        print(usage.strip())
+        raise SystemExit(0)
     values: dict[str, str] = {}
     rest = []
     switch = False
@@ -72,9 +75,9 @@ def take_request(argv: Sequence[str]) -> tuple[Request, list[str]]:
                 raise BadInput(f"{flag} takes its value after an equals sign, as in --attn=stablemask --gamma=headwise")
             values[flag] = value
         elif flag == "--switch_attn":
-            if equals:
-                raise BadInput(f"--switch_attn takes no value, got {arg}")
-            switch = True
+            if value not in ("", "True", "False"):
+                raise BadInput(f"--switch_attn is given as it is, or as True or False, got {arg}")
+            switch = value != "False"
         else:
             rest.append(arg)
     attn, gamma = values.get("--attn"), values.get("--gamma")
@@ -82,7 +85,10 @@ def take_request(argv: Sequence[str]) -> tuple[Request, list[str]]:
         raise BadInput(f"--attn must be given as {' or '.join(ATTENTIONS)}, got {attn or 'nothing'}")
     if attn == "causal" and gamma is not None:
         raise BadInput(f"--gamma belongs to --attn=stablemask, got --attn=causal --gamma={gamma}")
-    return Request(attn, _normal("headwise" if gamma is None else gamma), switch), rest
+    request = Request(attn, _normal("headwise" if gamma is None else gamma), switch)
+    if attn == "stablemask" and _is_first_process():  # causal is the script as it is, to the letter
+        print(f"attention: {request.name}")
+    return request, rest
 
 
 def _normal(gamma: str) -> str:
@@ -104,6 +110,10 @@ def one_line(prog: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first_process():
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import sm_flex_nanochat
 from sm_flex_launcher.request import BadInput, one_line, take_request
 from sm_flex_nanochat import attention, checkpoint
 
@@ -15,7 +16,7 @@ PROG = "python -m sm_flex_nanochat"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a script of the checkout that is the working directory; bad input is one line on stderr and exit code 2."""
     with one_line(PROG):
-        request, rest = take_request(sys.argv[1:] if argv is None else argv)
+        request, rest = take_request(sys.argv[1:] if argv is None else argv, sm_flex_nanochat.__doc__ or "")
         script = _script(rest)
         sys.path.insert(0, str(Path.cwd()))
         sys.argv = rest

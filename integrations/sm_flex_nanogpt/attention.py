@@ -3,7 +3,8 @@
 The checkout's own class is the base: it makes the same weights from the same seed and has the same state_dict. Only its
 forward is ours, and that is an honest replacement only where the checkout's forward is plain causal attention between
 c_attn and c_proj. So replace() tries both on random numbers first, ours with gamma = inf, and refuses a checkout whose
-attention does something else, which would be lost.
+attention does something else, or has other weights, which would be lost. It is a probe and no proof: what shows only after
+LENGTH tokens, or by chance not at all, passes.
 
 Shapes in names: B batch, S positions, C channels (n_embd), H heads, D head dim.
 """
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from sm_flex import scaled_dot_product_attention, stablemask
 from sm_flex_launcher.request import BadInput, Request
+
+WEIGHTS = {"c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"}
+LENGTH = 1100  # of the probe: more than the sliding windows that people use
 
 
 def replace(model: ModuleType, request: Request) -> None:
@@ -58,12 +62,15 @@ def _probe(model: ModuleType) -> None:
     causal = Request("stablemask", str(math.inf), switch=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # the script's own seeds stay as they are
         try:
-            config = model.GPTConfig(block_size=7, vocab_size=11, n_layer=1, n_head=3, n_embd=15, dropout=0.0, bias=True)
+            config = model.GPTConfig(block_size=LENGTH, vocab_size=11, n_layer=1, n_head=3, n_embd=15, dropout=0.0, bias=True)
             theirs = model.CausalSelfAttention(config).double().eval()
+            for weights in theirs.parameters():
+                torch.nn.init.normal_(weights)
             ours = stable(model.CausalSelfAttention, causal)(config).double().eval()
             ours.load_state_dict(theirs.state_dict())
-            x_BSC = torch.randn(2, 5, 15, dtype=torch.float64)
+            x_BSC = torch.randn(1, LENGTH, 15, dtype=torch.float64)
             same = torch.allclose(ours(x_BSC), theirs(x_BSC), rtol=1e-9, atol=1e-9)
+            same = same and set(dict(theirs.named_parameters())) == WEIGHTS
         except (AttributeError, TypeError, RuntimeError) as error:
             raise BadInput(f"{model.__file__} has not the interface of nanoGPT's: {error}") from None
     if not same:

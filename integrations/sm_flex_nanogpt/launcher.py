@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import sm_flex_nanogpt
 from sm_flex_launcher.request import BadInput, one_line, take_request
 from sm_flex_nanogpt import attention, checkpoint
 
@@ -16,7 +17,7 @@ PROG = "python -m sm_flex_nanogpt"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a script of the checkout that is the working directory; bad input is one line on stderr and exit code 2."""
     with one_line(PROG):
-        request, rest = take_request(sys.argv[1:] if argv is None else argv)
+        request, rest = take_request(sys.argv[1:] if argv is None else argv, sm_flex_nanogpt.__doc__ or "")
         script = _script(rest)
         # As for `python train.py`: its folder comes first, and its arguments are all it sees.
         sys.path.insert(0, str(script.resolve().parent))

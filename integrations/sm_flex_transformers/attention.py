@@ -58,6 +58,8 @@ def stablemask_attention(
         positions = masks.from_first_token(position_ids, visible, num_keys)
     if position_ids is not None and num_queries == num_keys > 1:
         visible = masks.within_documents(visible, position_ids)
+    if visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
+        raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 in each document: pass those too")
     if softcap is None and positions is position_ids:
         mask = requests.shared(module, position_ids, query.device)
     else:

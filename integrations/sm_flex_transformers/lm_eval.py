@@ -1,22 +1,33 @@
 """lm-evaluation-harness (``pip install lm-eval``) on a StableMask model: its own command line, with stablemask registered.
 
-python -m sm_flex_transformers.lm_eval run --model hf --model_args pretrained=PATH,attn_implementation=stablemask --tasks ...
+    python -m sm_flex_transformers.lm_eval run --model hf --model_args pretrained=PATH,attn_implementation=stablemask --tasks ...
+
+A model that runs another attention is refused: its scores would carry StableMask's name.
 """
 
+import functools
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main() -> None:
-    given = sys.argv[1:]
-    if any("pretrained=" in x for x in given) and not any("attn_implementation=" in x for x in given):
-        _stop("--model_args must hold attn_implementation=stablemask: without it the model runs as plain causal attention")
     try:
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ImportError:
         _stop("lm-evaluation-harness is not installed: pip install lm-eval")
     import sm_flex_transformers  # noqa: F401  (registers stablemask)
 
+    make = HFLM.__init__
+
+    @functools.wraps(make)
+    def make_and_look(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        attention = self.model.config.get_text_config()._attn_implementation
+        if attention != "stablemask":
+            _stop(f"the model runs {attention}, not stablemask: give attn_implementation=stablemask in --model_args")
+
+    HFLM.__init__ = make_and_look
     cli_evaluate()
 
 

@@ -12,6 +12,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
+
 
 class Padding(NamedTuple):
     """Of a mask that stablemask_mask made: padding slots before each row's first token (B, 1), and each query's slot (S,)."""
@@ -72,6 +74,8 @@ def visible_keys(mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor
     if torch.compiler.is_compiling():
         if mask.dtype != torch.bool:
             raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
+        if num_queries > 1:
+            torch._assert_async(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
         return mask
     return mask if mask in _MADE else _read(mask, num_queries, num_keys)
 
@@ -98,9 +102,7 @@ def _read(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
 def _check_causal(visible: Tensor, offset: int) -> None:
     """Query i stands in slot i + offset."""
     if visible.triu(offset + 1).any():
-        raise NotImplementedError(
-            "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
-        )
+        raise NotImplementedError(NOT_CAUSAL)
 
 
 def within_documents(visible: Tensor | None, position_ids: Tensor) -> Tensor | None:
@@ -108,8 +110,10 @@ def within_documents(visible: Tensor | None, position_ids: Tensor) -> Tensor | N
 
     Transformers finds packed rows itself only where there is no cache, and a forward without gradients makes one.
     """
-    if not torch.compiler.is_compiling() and not _restarts(position_ids):
-        return visible
+    if not torch.compiler.is_compiling():  # there neither can be asked
+        by_the_user = visible is not None and visible not in _MADE
+        if by_the_user or not _restarts(position_ids):
+            return visible
     starts_BS = position_ids == 0
     if visible is not None:  # padding is given position 0 as well
         starts_BS = starts_BS & _real(visible)
@@ -119,7 +123,7 @@ def within_documents(visible: Tensor | None, position_ids: Tensor) -> Tensor | N
 
 
 def _restarts(position_ids: Tensor) -> bool:
-    if position_ids.is_inference():  # no version to know a changed one by
+    if position_ids.is_inference() or position_ids.device.type == "cpu":  # cheap to look at, and not every write has a version
         return bool((position_ids[:, 1:] == 0).any())
     if position_ids not in _RESTARTS or _RESTARTS[position_ids][0] != position_ids._version:
         _RESTARTS[position_ids] = (position_ids._version, bool((position_ids[:, 1:] == 0).any()))

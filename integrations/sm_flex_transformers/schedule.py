@@ -45,21 +45,24 @@ class GammaSchedule(TrainerCallback):
         return [math.exp((1 - done) * math.log(self.start) + done * math.log(target)) for target in targets]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        config = model.config
+        config = model.config.get_text_config()
         if config._attn_implementation != "stablemask":
             raise ValueError(
                 f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
                 'load it so, or model.set_attn_implementation("stablemask")'
             )
         given = (getattr(config, "stablemask", None) or {}).get("gamma", self.target)
-        # A resumed run finds the value that the schedule left before its last step.
-        left = self.gamma(max(0, state.global_step - 1), config.num_attention_heads)
-        if given not in (self.target, self.start, left):
+        # A resumed run finds the value that the schedule left.
+        if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
             raise ValueError(
                 f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: pass target={given!r}'
             )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        config = model.config
+        self._set(state, config)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._set(state, model.config.get_text_config())
+
+    def _set(self, state: Any, config: Any) -> None:
         gamma = self.gamma(state.global_step, config.num_attention_heads)
         config.stablemask = {**(getattr(config, "stablemask", None) or {}), "gamma": gamma}
