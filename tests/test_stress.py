@@ -190,7 +190,7 @@ def test_no_memory_is_kept_over_a_thousand_calls(fn: Callable[..., Tensor], coun
     tensors, objects, peak = held()
     calls(100, 100 + count)
     later = held()
-    assert later[0] == tensors
+    assert later[0] <= tensors  # fewer where what earlier tests left was collected
     assert later[1] - objects < count // 2  # one kept by every other call
     assert later[2] - peak < 16 * 1024
 
