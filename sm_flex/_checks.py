@@ -25,7 +25,7 @@ def plain_eager() -> bool:
     """Whether a call is nothing but itself: not compiled, not traced, without forward-mode tangents or a dispatch mode."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or forward_ad._current_level >= 0
         or _get_current_dispatch_mode() is not None
     )

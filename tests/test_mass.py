@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mpmath
 import pytest
@@ -250,5 +251,5 @@ def test_a_trace_does_not_keep_a_known_table() -> None:
         return sm_flex.flex_attention(q, q, q, score_mod=stablemask(0.25, length=50, positions=positions))
 
     attend(q, positions)
-    traced = torch.jit.trace(attend, (q, positions), check_trace=False)
+    traced: Any = torch.jit.trace(attend, (q, positions), check_trace=False)
     torch.testing.assert_close(traced(q, positions + 9), attend(q, positions + 9))

@@ -63,7 +63,7 @@ def uses_the_interface(model_type: str) -> bool:
     """Whether Transformers' own models of this type look their attention up; a type that it does not know is trusted."""
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         return True
-    found = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
     return all(x._can_set_attn_implementation() for x in (found if isinstance(found, (list, tuple)) else [found]))
 
 
@@ -75,7 +75,7 @@ def visible_keys(mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor
         if mask.dtype != torch.bool:
             raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
         if num_queries > 1:
-            torch._assert_async(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
+            torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
         return mask
     return mask if mask in _MADE else _read(mask, num_queries, num_keys)
 
