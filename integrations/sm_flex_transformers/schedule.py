@@ -57,7 +57,6 @@ class GammaSchedule(TrainerCallback):
             raise ValueError(
                 f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: pass target={given!r}'
             )
-
         self._set(state, config)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
