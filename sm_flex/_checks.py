@@ -67,6 +67,23 @@ def check_gamma(gamma: Any) -> Tensor:
     return torch.tensor(float(gamma), dtype=torch.float64)
 
 
+def check_sink(sink: Any) -> Tensor:
+    """sink as a tensor: a number becomes 0-d float64."""
+    if isinstance(sink, Tensor):
+        if not sink.is_floating_point():
+            raise TypeError(f"sink must be a floating tensor, got dtype {sink.dtype}")
+        if sink.dim() > 3:
+            raise ValueError(f"sink must be 0-d, (H,), or broadcastable to (B, H, S), got shape {tuple(sink.shape)}")
+        if readable(sink) and not bool((sink < torch.inf).all()):
+            raise ValueError("sink must be below inf and not NaN: it is the log of a mass")
+        return sink
+    if isinstance(sink, bool) or not isinstance(sink, (int, float)):
+        raise TypeError(f"sink must be a number or a floating tensor, got {type(sink).__name__}")
+    if not sink < float("inf"):
+        raise ValueError(f"sink must be a number below inf, got {sink}")
+    return torch.tensor(float(sink), dtype=torch.float64)
+
+
 def check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an int, the training length, got {type(length).__name__}")
@@ -97,6 +114,8 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
         )
     if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
+    if mask.sink is not None:
+        _check_sink_fits(mask.sink, batch, heads, num_queries, device)
     if positions is None:
         if num_queries != num_keys:
             raise ValueError(
@@ -110,6 +129,16 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
     if tuple(positions.shape) != expected:
         raise ValueError(f"positions must be ({num_queries},) or ({batch}, {num_queries}), got {tuple(positions.shape)}")
     check_position_values(positions)
+
+
+def _check_sink_fits(sink: Tensor, batch: int, heads: int, num_queries: int, device: torch.device) -> None:
+    if sink.device != device and not (sink.dim() == 0 and sink.device.type == "cpu"):
+        raise ValueError(f"sink must be on the device of query, {device}, got {sink.device}: use sink.to({str(device)!r})")
+    if sink.dim() == 1 and sink.shape[0] != heads:
+        raise ValueError(f"sink must have one value for each of the {heads} query heads, got {sink.shape[0]}")
+    full = (batch, heads, num_queries)
+    if sink.dim() > 1 and not all(a in (1, b) for a, b in zip(reversed(sink.shape), reversed(full), strict=False)):
+        raise ValueError(f"sink must be broadcastable to (B, H, S) = {full}, got {tuple(sink.shape)}")
 
 
 def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -> None:
@@ -203,7 +232,7 @@ def check_varlen(
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
             raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+    if torch.is_grad_enabled() and _learns(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:
                 raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
@@ -229,6 +258,10 @@ def check_varlen(
         if cu.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {cu.device}")
     _check_documents(query, key, cu_q, cu_k, mask, paged)
+
+
+def _learns(*inputs: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs)
 
 
 def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: Any, paged: dict[str, Any]) -> None:
