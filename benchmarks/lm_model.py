@@ -66,8 +66,10 @@ class Plan:
 class Attention(nn.Module):
     slopes: Tensor
 
-    def __init__(self, size: Size, variant: Variant) -> None:
+    def __init__(self, size: Size, variant: Variant, position: str) -> None:
         super().__init__()
+        if variant.rescaled and position == "alibi":
+            raise ValueError(f"--position: {variant.name} is for rope")
         self.heads = size.heads
         self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
@@ -91,6 +93,8 @@ class Attention(nn.Module):
             longest, longest, window_size=(-1 if plan.window is None else plan.window - 1, 0), score_mod=mask,
         )  # fmt: skip
         assert isinstance(out_THD, Tensor)
+        if self.mass.variant.rescaled:
+            out_THD = out_THD / self.mass.share_at_scores_0(plan.positions).T.unsqueeze(-1)
         return self.out(out_THD.flatten(1))
 
     def _by_rows(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Plan, mask) -> Tensor:
@@ -124,9 +128,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, size: Size, variant: Variant) -> None:
+    def __init__(self, size: Size, variant: Variant, position: str) -> None:
         super().__init__()
-        self.norm_1, self.attention = nn.RMSNorm(size.width, eps=1e-6), Attention(size, variant)
+        self.norm_1, self.attention = nn.RMSNorm(size.width, eps=1e-6), Attention(size, variant, position)
         self.norm_2, self.mlp = nn.RMSNorm(size.width, eps=1e-6), SwiGLU(size)
 
     def forward(self, x_TW: Tensor, plan: Plan) -> Tensor:
@@ -141,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim, self.position = size.width // size.heads, position
         self.embed = nn.Embedding(size.vocab + 2, size.width)
-        self.blocks = nn.ModuleList(Block(size, variant) for _ in range(size.layers))
+        self.blocks = nn.ModuleList(Block(size, variant, position) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, size.vocab, bias=False)
         for name, weight in self.named_parameters():
@@ -157,6 +161,11 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x_TW = block(x_TW, plan)
         return self.head(self.norm(x_TW))
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """By layer."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def losses(self, batch: Packed, window: int | None = None, kept: int = 0) -> Tensor:
         """(T,) nats of each target, 0 where there is none."""

@@ -152,6 +152,8 @@ def train(piece: Piece, watch: Watch) -> None:
     reset_peak(piece.device)
     for step in range(len(piece.training), size.steps):
         start = time.perf_counter()
+        for attention in model.attentions:
+            attention.mass.progress = step / size.steps
         piece.training.append(one_step(piece, model, optimizer, next(source), learning_rate(step, size)))
         piece.seconds.append(time.perf_counter() - start)  # the loss was read, which waits for the GPU
         watch(piece, size.rows * size.length / piece.seconds[-1])
