@@ -8,10 +8,13 @@ A run is made of pieces, a variant and a seed each (lm_train.py), first every va
 stops a run, the same command goes on with it; --finished measures what is there and trains nothing. Variants that share a seed
 share their first weights and see the same batches in the same order; what differs is log M (lm_variants.py).
 
-Where the rooms are: lm_presets.py (sizes), lm_text.py and lm_tokens.py (text), lm_model.py, lm_train.py, lm_measures.py (what is
-measured), lm_figures.py (drawings). Where the cores are shared, OMP_NUM_THREADS=1 keeps threads from waiting for one another.
+Where the rooms are: lm_presets.py (sizes), lm_text.py and lm_tokens.py (text), lm_model.py, lm_train.py, lm_measures.py (what
+is measured), lm_record.py (the result), lm_figures.py (drawings). Where the cores are shared, OMP_NUM_THREADS=1 keeps threads
+from waiting for one another.
 """
 
+import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -21,8 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import lm_figures, report
+from benchmarks.lm_measures import measure
 from benchmarks.lm_presets import PRESETS, Size, parameters
+from benchmarks.lm_record import notes, record_of, tables
 from benchmarks.lm_text import read_text
 from benchmarks.lm_tokens import DATASETS, Corpus, read_dataset, tokenise
 from benchmarks.lm_train import Piece, rows_for, train
@@ -33,7 +38,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parse(argv: list[str]) -> tuple[report.Parser, "report.argparse.Namespace"]:
+def parse(argv: list[str]) -> tuple[report.Parser, argparse.Namespace]:
     parser = report.Parser(prog="python -m benchmarks.lm", description="Train small decoders: StableMask and its rivals.")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="model and training (default %(default)s)")
     parser.add_argument(
@@ -52,7 +57,7 @@ def parse(argv: list[str]) -> tuple[report.Parser, "report.argparse.Namespace"]:
     return parser, parser.parse_args(argv)
 
 
-def pieces_of(args: "report.argparse.Namespace", size: Size, corpus: Corpus, device: torch.device) -> list[Piece]:
+def pieces_of(args: argparse.Namespace, size: Size, corpus: Corpus, device: torch.device) -> list[Piece]:
     names = [v.name for v in ALL] if args.variants == "all" else args.variants.split(",")
     variants = [named(name) for name in dict.fromkeys(names)]
     run = args.run or report.OUT / f"lm-{args.preset}-{args.position}"
@@ -96,7 +101,10 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         corpus = tokenise(read_dataset(args.dataset) if args.dataset else read_text(args.text), size.vocab)
         rows_for(corpus, size)
         pieces = pieces_of(args, size, corpus, device)
-        report.result_stem(report.out_folder(args.out), "lm", device)
+        if args.finished and not any(piece.done for piece in pieces):
+            raise ValueError(f"--finished: no piece of this run is finished in {pieces[0].folder.parent}")
+        what = "lm" if args.preset == "tiny" and args.position == "rope" else f"lm-{args.preset}-{args.position}"
+        stem = report.result_stem(report.out_folder(args.out), what.lower(), device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(
@@ -106,7 +114,16 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     )
     if not args.finished:
         train_all(pieces)
-    print(shlex.join(["python", "-m", "benchmarks.lm", *argv]))
+    pieces = [piece for piece in pieces if piece.done]
+    measured = [measure(piece) for piece in tqdm(pieces, unit="piece", desc="measuring", dynamic_ncols=True)]
+    record = record_of(pieces, measured, args.preset)
+    source = report.environment(shlex.join(["python", "-m", "benchmarks.lm", *argv]), device)
+    figures = [path.name for path in lm_figures.draw(record, stem)]
+    title = f"StableMask and its rivals on {corpus.name}, {args.preset}, {args.position}"
+    report.write(stem, title, source, tables(record), notes(record, figures), record)
+    print(tables(record))
+    print(f"wrote {stem}.md and .json, {', '.join(figures)}")
+    print(json.dumps({"benchmark": "lm", "variants": {name: v["loss"] for name, v in record["variants"].items()}}))
 
 
 if __name__ == "__main__":

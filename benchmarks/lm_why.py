@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     results = results_of(pieces)
     notes = (
         "Validation loss in nats a byte, and its difference from causal attention in the same setting with the same seed: "
-        "mean over seeds (smallest to largest). Share at start: what of a row is real while all scores are 0, over heads and positions. "
+        "mean over seeds (smallest to largest).\n\nShare at start: "
+        "what of a row is real while all scores are 0, over heads and positions.\n\n"
         f"Trained at commit {', '.join(sorted({p.commit for _, p in pieces if p.done}))}. Text: {corpus.name}. "
         + ", ".join(f"{key} {value}" for key, value in asdict(size).items())
         + "."
