@@ -55,9 +55,8 @@ class Plan:
         visible &= (distance < self.window - self.kept) | first
         if self.position == "rope":
             return visible.unsqueeze(1)
-        # A kept token is as far away as the window is long, at most.
-        near = torch.where(first, distance.clamp(max=self.window - 1), distance)
-        return self._bias(visible, near)
+        in_window = positions_RS.clamp(max=self.window - 1)[:, :, None] - positions_RS[:, None, :]
+        return self._bias(visible, torch.where(first, in_window, distance))
 
     def _bias(self, visible: Tensor, distance: Tensor) -> Tensor:
         return (-distance.float()).masked_fill(~visible, -torch.inf).unsqueeze(1)
@@ -96,6 +95,9 @@ class Attention(nn.Module):
         if self.mass.variant.rescaled:
             out_THD = out_THD / self.mass.share_at_scores_0(plan.positions).T.unsqueeze(-1)
         return self.out(out_THD.flatten(1))
+
+    def alibi(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score - self.slopes[h] * (q_idx - kv_idx)
 
     def _by_rows(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Plan, mask) -> Tensor:
         attn_mask = plan.mask_RHSS
