@@ -1,4 +1,5 @@
-"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi, and attention over packed documents by sm_flex.
+"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi (or learned absolute positions, for lm_why.py), and attention
+over packed documents by sm_flex.
 
 What makes it a StableMask model (or a rival) is score_mod=mask in Attention.forward.
 
@@ -42,6 +43,10 @@ class Plan:
         self.positions = positions_T.unflatten(0, (self.batch.rows, -1)) if self.by_rows else positions_T
         self.mask_RHSS = self._mask() if self.by_rows else None
 
+    def turned(self, x_THD: Tensor) -> Tensor:
+        """q or k at its position, where that is RoPE's affair."""
+        return rotate(x_THD, self.rope) if self.position == "rope" else x_THD
+
     def _mask(self) -> Tensor:
         """Who sees whom, (R, 1, S, S) bool; for ALiBi with the bias, (R, H, S, S) float, which Attention gives its slopes."""
         positions_RS, batch = self.positions, self.batch
@@ -81,14 +86,13 @@ class Attention(nn.Module):
         mask = self.mass(plan.positions)
         if self.watch is not None:
             assert plan.position == "alibi" or not plan.kept
-            turned = (q_THD, k_THD) if plan.position == "alibi" else (rotate(q_THD, plan.rope), rotate(k_THD, plan.rope))
-            self.watch.append((_by_rows(turned[0], plan), _by_rows(turned[1], plan)))
+            self.watch.append((_by_rows(plan.turned(q_THD), plan), _by_rows(plan.turned(k_THD), plan)))
         if plan.by_rows:
             return self.out(self._by_rows(q_THD, k_THD, v_THD, plan, mask))
         # The whole of StableMask: score_mod in a call that is otherwise torch's own.
         longest = len(plan.positions) // plan.batch.rows
         out_THD = varlen_attn(
-            rotate(q_THD, plan.rope), rotate(k_THD, plan.rope), v_THD, plan.batch.cu_seqlens, plan.batch.cu_seqlens,
+            plan.turned(q_THD), plan.turned(k_THD), v_THD, plan.batch.cu_seqlens, plan.batch.cu_seqlens,
             longest, longest, window_size=(-1 if plan.window is None else plan.window - 1, 0), score_mod=mask,
         )  # fmt: skip
         assert isinstance(out_THD, Tensor)
@@ -150,6 +154,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(size, variant, position) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, size.vocab, bias=False)
+        self.places = nn.Embedding(size.length + 1, size.width) if position == "absolute" else None
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -159,6 +164,8 @@ class Decoder(nn.Module):
     def forward(self, batch: Packed, window: int | None = None, kept: int = 0) -> Tensor:
         """(T, V)."""
         x_TW = self.embed(batch.tokens_T)
+        if self.places is not None:
+            x_TW = x_TW + self.places(batch.positions_T)
         plan = Plan(batch, self.position, self.head_dim, window, kept)
         for block in self.blocks:
             x_TW = block(x_TW, plan)

@@ -9,15 +9,19 @@ trained the same way from the same seeds. The questions:
 - share at the start: with all scores 0 the rows are scaled down by (p+1) / (p+1+M(p)). Does the difference follow that share,
   over gamma; does it go where the rows are scaled back up ("rescaled"), or where the mass comes in gradually ("faded")?
 - initialisation: output projections that start at 0, so that attention adds nothing at first whatever its scale.
-- warm-up: the learning rate's, ten times as long.
+- the learning rate: a third of it; ten times its warm-up.
+- positions: learned absolute ones, which tell a model already what the mass would; and bytes in the place of tokens. Both are
+  what nanoGPT's own script has (nanogpt_curves.py).
 """
 
 import json
 import shlex
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.lm import pick_device
 from benchmarks.lm_presets import PRESETS, Size
-from benchmarks.lm_text import read_text
+from benchmarks.lm_text import BYTES, Text, read_text
 from benchmarks.lm_tokens import tokenise
 from benchmarks.lm_train import Piece, rows_for, train
 from benchmarks.lm_variants import Mass, named
@@ -34,29 +38,36 @@ from benchmarks.lm_variants import Mass, named
 
 class Setting(NamedTuple):
     name: str
-    changes: dict[str, Any]  # of the size
     variants: tuple[str, ...]
+    changes: Mapping[str, Any] = MappingProxyType({})  # of the size
+    position: str = "rope"
+    times_warmup: int = 1
 
 
+BOTH = ("causal", "stablemask")
 SETTINGS = (
-    Setting("as benchmarks.lm", {}, ("causal", "stablemask", "stablemask-faded", "stablemask-rescaled")),
-    Setting("output projections start at 0", {"init": "zero"}, ("causal", "stablemask")),
-    Setting("as benchmarks.lm", {}, ("stablemask-0.00390625", "stablemask-0.03125", "stablemask-0.5", "stablemask-4")),
-    Setting("ten times the warm-up", {"warmup": 10}, ("causal", "stablemask")),
+    Setting("as benchmarks.lm", (*BOTH, "stablemask-faded", "stablemask-rescaled")),
+    Setting("output projections start at 0", BOTH, {"init": "zero"}),
+    Setting("as benchmarks.lm", ("stablemask-0.00390625", "stablemask-0.03125", "stablemask-0.5", "stablemask-4")),
+    Setting("ten times the warm-up", BOTH, times_warmup=10),
+    Setting("learned absolute positions", BOTH, position="absolute"),
+    Setting("bytes, not tokens", BOTH, {"vocab": BYTES}),
+    Setting("bytes and learned absolute positions", BOTH, {"vocab": BYTES}, position="absolute"),
+    Setting("a third of the learning rate", BOTH, {"peak_lr": 1e-3, "last_lr": 1e-4}),
 )
 
 
-def pieces_of(size: Size, seeds: int, folder: Path, **common: Any) -> list[tuple[str, Piece]]:
+def pieces_of(size: Size, seeds: int, folder: Path, text: Text, device: torch.device) -> list[tuple[str, Piece]]:
     """(setting, piece), first all with seed 0."""
+    corpora = {vocab: tokenise(text, vocab) for vocab in {size.vocab, *(s.changes.get("vocab", size.vocab) for s in SETTINGS)}}
     pieces = []
     for seed in range(seeds):
         for number, setting in enumerate(SETTINGS):
-            changes = dict(setting.changes)
-            if "warmup" in changes:
-                changes["warmup"] *= size.warmup
+            changed = replace(size, warmup=setting.times_warmup * size.warmup, **setting.changes)
+            rows_for(corpora[changed.vocab], changed)
             for name in setting.variants:
                 where = folder / f"{number}-{name}-seed{seed}"
-                piece = Piece(named(name), seed, replace(size, **changes), folder=where, **common)
+                piece = Piece(named(name), seed, changed, setting.position, corpora[changed.vocab], where, device)
                 piece.load()
                 pieces.append((setting.name, piece))
     return pieces
@@ -122,9 +133,8 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         for option, value in (("--steps", args.steps), ("--seeds", args.seeds)):
             report.at_least(option, value, 1)
         size = replace(size, steps=args.steps, warmup=max(1, args.steps // 20), validations=6)
-        corpus = tokenise(read_text(args.text), size.vocab)
-        rows_for(corpus, size)
-        pieces = pieces_of(size, args.seeds, args.run, position="rope", corpus=corpus, device=device)
+        text = read_text(args.text)
+        pieces = pieces_of(size, args.seeds, args.run, text, device)
         stem = report.result_stem(report.out_folder(args.out), "lm-why", device)
         if args.finished and not results_of(pieces):
             raise ValueError(f"--finished: no training in {args.run} is finished")
@@ -144,11 +154,11 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         "Validation loss in nats a byte, and its difference from causal attention in the same setting with the same seed: "
         "mean over seeds (smallest to largest).\n\nShare at start: "
         "what of a row is real while all scores are 0, over heads and positions.\n\n"
-        f"Trained at commit {', '.join(sorted({p.commit for _, p in pieces if p.done}))}. Text: {corpus.name}. "
+        f"Trained at commit {', '.join(sorted({p.commit for _, p in pieces if p.done}))}. Text: {text.name}. "
         + ", ".join(f"{key} {value}" for key, value in asdict(size).items())
         + "."
     )
-    record = {"benchmark": "lm-why", "results": results, "config": {**asdict(size), "text": corpus.name}}
+    record = {"benchmark": "lm-why", "results": results, "config": {**asdict(size), "text": text.name}}
     report.write(stem, "When does StableMask gain or lose in a small model?", source, table(results), notes, record)
     print(table(results))
     print(f"wrote {stem}.md and .json")

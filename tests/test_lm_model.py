@@ -174,7 +174,7 @@ def random_model(name: str, position: str, seed: int = 0) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("position", ["rope", "alibi", "absolute"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_changed_document_leaves_the_others_alone(name: str, position: str) -> None:
     model, lead = random_model(name, position), SMALL.vocab + 1 if named(name).token else None
