@@ -30,12 +30,8 @@ from benchmarks.lm_presets import PRESETS, Size, parameters
 from benchmarks.lm_record import notes, record_of, tables
 from benchmarks.lm_text import read_text
 from benchmarks.lm_tokens import DATASETS, Corpus, read_dataset, tokenise
-from benchmarks.lm_train import Piece, rows_for, train
+from benchmarks.lm_train import Piece, pick_device, rows_for, train
 from benchmarks.lm_variants import ALL, named
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parse(argv: list[str]) -> tuple[report.Parser, argparse.Namespace]:

@@ -101,6 +101,10 @@ class Piece:
         replace_whole(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
 
 
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def rows_for(corpus: Corpus, size: Size) -> tuple[Tensor, Tensor]:
     """Rows of the training text, and validation_rows of the other, evenly spread over it."""
     training_RL, validation_RL = rows_of(corpus.training, size.length), rows_of(corpus.validation, size.length)

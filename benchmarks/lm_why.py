@@ -28,11 +28,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.lm import pick_device
 from benchmarks.lm_presets import PRESETS, Size
 from benchmarks.lm_text import BYTES, Text, read_text
 from benchmarks.lm_tokens import tokenise
-from benchmarks.lm_train import Piece, rows_for, train
+from benchmarks.lm_train import Piece, pick_device, rows_for, train
 from benchmarks.lm_variants import Mass, named
 
 
