@@ -268,7 +268,7 @@ def _map(axes: Axes, head: dict[str, Any], norm: PowerNorm) -> None:
     for shares, (start, end) in ((matrix, (-0.5, n - 0.5)), (nothing, (left, left + width))):
         axes.imshow(shares, SHADES, norm, interpolation="nearest", extent=(start, end, n - 0.5, -0.5))
     axes.add_patch(Rectangle((left, -0.5), width, n, fill=False, color="0.6", linewidth=0.5))
-    axes.set(xlim=(-0.6, left + width + 0.1), ylim=(n - 0.4, -0.6))
+    axes.set(xlim=(-0.6, left + width + 0.5), ylim=(n - 0.4, -0.6))
 
 
 def main(argv: list[str] | None = None) -> None:
