@@ -1,12 +1,18 @@
 """Does it help? A small LLaMA-style decoder learns real text with StableMask and with its rivals, and is measured.
 
     python -m benchmarks.lm                # causal against StableMask on Python's own standard library; minutes on two cores
-    python -m benchmarks.lm --variants all --seeds 3 --text my_folder --steps 1600
+    python -m benchmarks.lm --variants all --seeds 3 --text benchmarks/out/anarchism     # the published run: 45 minutes on a core
     python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3        # on a GPU
 
 A run is made of pieces, a variant and a seed each (lm_train.py), first every variant with seed 0, then with seed 1. Whatever
 stops a run, the same command goes on with it; --finished measures what is there and trains nothing. Variants that share a seed
 share their first weights and see the same batches in the same order; what differs is log M (lm_variants.py).
+
+The published run reads An Anarchist FAQ, 143 long English essays (11.7 MB), from Debian's package anarchism 15.3-3:
+
+    apt-get download anarchism && dpkg -x anarchism_15.3-3_all.deb debian
+    mkdir -p benchmarks/out && cp -r debian/usr/share/doc/anarchism/markdown benchmarks/out/anarchism
+    gunzip -r benchmarks/out/anarchism
 
 Where the rooms are: lm_presets.py (sizes), lm_text.py and lm_tokens.py (text), lm_model.py, lm_train.py, lm_measures.py (what
 is measured), lm_record.py (the result), lm_figures.py (drawings). Where the cores are shared, OMP_NUM_THREADS=1 keeps threads

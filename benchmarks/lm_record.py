@@ -43,7 +43,8 @@ def record_of(pieces: list[Piece], measured: list[dict[str, Any]], preset: str) 
         variants[name] = _variant([p for p, _ in mine], [m for _, m in mine], causal)
     config = {
         "preset": preset, **asdict(size), "position": first.position, "seeds": sorted({p.seed for p in pieces}),
-        "window": size.length, "text": corpus.name, "parameters": parameters(size),
+        "window": size.length, "text": corpus.name, "tokens": corpus.fingerprint,
+        "parameters": parameters(size),
         "training_documents": corpus.documents[0], "training_bytes": corpus.text_bytes[0],
         "training_tokens": len(corpus.training), "validation_documents": corpus.documents[1],
         "validation_bytes": corpus.text_bytes[1], "validation_tokens": len(corpus.validation),
@@ -93,7 +94,10 @@ def tables(record: dict[str, Any]) -> str:
         parts.append(_longer_table(variants))
     rows = [(v["label"], _mean(v["tokens_per_s"], ",.0f"), _mean(v["peak_memory_mib"], ",.0f")) for v in variants]
     columns = ("", "tokens/s (median step)", "peak memory (MiB)")
-    parts.append("Training speed, and on a CPU the whole process's memory:\n\n" + report.markdown_table(columns, rows))
+    parts.append(
+        "Training speed in the median step, and most memory (on a CPU the whole process's, libraries included):\n\n"
+        + report.markdown_table(columns, rows)
+    )
     return "\n\n".join(parts)
 
 
