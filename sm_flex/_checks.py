@@ -91,13 +91,17 @@ def check_length(length: Any) -> None:
         raise ValueError(f"length must be at least 1, got {length}")
 
 
-def check_positions(positions: Any, name: str = "positions") -> None:
+def check_positions(positions: Any) -> None:
+    check_integers(positions, "positions")
+    if positions.dim() not in (1, 2):
+        raise ValueError(f"positions must be (S,) or (B, S), got shape {tuple(positions.shape)}")
+
+
+def check_integers(positions: Any, name: str) -> None:
     if not isinstance(positions, Tensor):
         raise TypeError(f"{name} must be an integer tensor such as torch.tensor([5]), got {type(positions).__name__}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an integer tensor, int32 or int64, got dtype {positions.dtype}")
-    if positions.dim() not in (1, 2):
-        raise ValueError(f"{name} must be (S,) or (B, S), got shape {tuple(positions.shape)}")
 
 
 def check_position_values(positions: Tensor) -> None:
