@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import report
@@ -44,15 +45,18 @@ class Setting(NamedTuple):
 
 
 BOTH = ("causal", "stablemask")
+ABSOLUTE = "learned absolute positions"
+# A setting may come twice: the order is that in which they are trained.
 SETTINGS = (
     Setting("as benchmarks.lm", (*BOTH, "stablemask-faded", "stablemask-rescaled")),
     Setting("output projections start at 0", BOTH, {"init": "zero"}),
     Setting("as benchmarks.lm", ("stablemask-0.00390625", "stablemask-0.03125", "stablemask-0.5", "stablemask-4")),
     Setting("ten times the warm-up", BOTH, times_warmup=10),
-    Setting("learned absolute positions", BOTH, position="absolute"),
+    Setting(ABSOLUTE, BOTH, position="absolute"),
     Setting("bytes, not tokens", BOTH, {"vocab": BYTES}),
     Setting("bytes and learned absolute positions", BOTH, {"vocab": BYTES}, position="absolute"),
     Setting("a third of the learning rate", BOTH, {"peak_lr": 1e-3, "last_lr": 1e-4}),
+    Setting(ABSOLUTE, ("stablemask-0.5", "stablemask-rescaled", "stablemask-faded"), position="absolute"),
 )
 
 
@@ -83,8 +87,9 @@ def mean_share_at_start(piece: Piece) -> float:
 
 def results_of(pieces: list[tuple[str, Piece]]) -> list[dict[str, Any]]:
     """For each setting and variant: losses of the finished pieces, and their differences from causal with the same seed."""
-    results = []
-    for setting, variant in dict.fromkeys((setting, piece.variant) for setting, piece in pieces):
+    results, settings = [], [setting.name for setting in SETTINGS]
+    found = dict.fromkeys((setting, piece.variant) for setting, piece in pieces)
+    for setting, variant in sorted(found, key=lambda x: settings.index(x[0])):
         mine = {p.seed: p for s, p in pieces if s == setting and p.variant == variant and p.done}
         causal = {p.seed: p for s, p in pieces if s == setting and p.variant.name == "causal" and p.done}
         seeds = sorted(mine.keys() & causal.keys())
@@ -115,6 +120,28 @@ def table(results: list[dict[str, Any]]) -> str:
         loss = statistics.fmean(one[-1] for one in r["loss"])
         rows.append((r["setting"], r["label"], len(r["seeds"]), f"{r['share_at_start']:.2f}", f"{loss:.4f}", *differences))
     return report.markdown_table(columns, rows)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """The difference from causal attention along the training: left over settings, right over masses."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    groups = {
+        left: [(r["setting"], r) for r in results if r["variant"] == "stablemask"],
+        right: [(r["label"], r) for r in results if r["setting"] == SETTINGS[0].name and r["variant"] != "causal"],
+    }
+    for axes, title in ((left, "StableMask, head-wise, in several settings"), (right, f"other masses, {SETTINGS[0].name}")):
+        for (name, result), marker in zip(groups[axes], "osD^vPX*<>", strict=False):
+            values = list(zip(*result["difference"], strict=True))
+            (line,) = axes.plot(result["steps"], [statistics.fmean(x) for x in values], marker=marker, markersize=4, label=name)
+            axes.vlines(result["steps"], [min(x) for x in values], [max(x) for x in values], color=line.get_color(), linewidth=1)
+        axes.axhline(0, color="black", linestyle="--", linewidth=1)
+        axes.set_xlabel("training steps")
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("loss minus causal's (nats a byte)")
+    figure.savefig(path, dpi=130)
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> None:
@@ -149,7 +176,9 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
             for _, piece in pieces:
                 train(piece, watch)
     results = results_of(pieces)
+    draw(results, stem.with_name(stem.name + ".png"))
     notes = (
+        f"![difference along the training]({stem.name}.png)\n\n"
         "Validation loss in nats a byte, and its difference from causal attention in the same setting with the same seed: "
         "mean over seeds (smallest to largest).\n\nShare at start: "
         "what of a row is real while all scores are 0, over heads and positions.\n\n"
@@ -160,7 +189,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     record = {"benchmark": "lm-why", "results": results, "config": {**asdict(size), "text": text.name}}
     report.write(stem, "When does StableMask gain or lose in a small model?", source, table(results), notes, record)
     print(table(results))
-    print(f"wrote {stem}.md and .json")
+    print(f"wrote {stem}.png, .md and .json")
     print(json.dumps(record))
 
 
