@@ -27,8 +27,8 @@ class Size:
     length: int = 256  # N
     rows: int = 4  # a batch: many small steps learn most from minutes
     at_once: int = 4  # rows in memory at a time; their gradients are summed
-    steps: int = 1000
-    warmup: int = 50
+    steps: int = 700
+    warmup: int = 35
     first_lr: float = 0.0
     peak_lr: float = 3e-3
     last_lr: float = 3e-4
