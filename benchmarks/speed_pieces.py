@@ -152,7 +152,8 @@ print(json.dumps(time.perf_counter() - start))
 def first_call_rows(case: Case, device: torch.device) -> list[Row]:
     """Seconds of the first compiled forward and backward pass in a new process without the compiler's caches."""
     rows: list[Row] = []
-    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": str(report.ROOT)}
+    path = os.pathsep.join([str(report.ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path.strip(os.pathsep)}
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     for what in ("plain", "StableMask"):
         options = [device.type, str(case.heads), str(case.length), str(case.head_dim), dtype, what]
