@@ -88,8 +88,10 @@ def check_position_values(positions: Tensor) -> None:
         raise ValueError(f"positions must be >= 0, got {positions.min().item()}: for padding use positions.clamp(min=0)")
 
 
-def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device) -> None:
-    """A StableMask against the call that it came with: heads, positions, length, device."""
+def check_mask_fits(
+    mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device, block_mask: BlockMask | None = None
+) -> None:
+    """A StableMask against the call that it came with: heads, positions, length, device, block_mask."""
     gamma, positions = mask.gamma, mask.positions
     if gamma.dim() == 1 and gamma.shape[0] != heads:
         raise ValueError(
@@ -97,6 +99,10 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
         )
     if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
+    if not mask.ordered and block_mask is None:
+        raise ValueError(
+            "block_mask is required with stablemask(..., ordered=False), where it alone says who sees whom: use flex_attention"
+        )
     if positions is None:
         if num_queries != num_keys:
             raise ValueError(

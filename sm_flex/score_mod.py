@@ -18,13 +18,14 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class StableMask:
     """A request for StableMask attention: make it with :func:`stablemask`, give it to a drop-in as ``score_mod``.
 
-    gamma, length, positions and score_mod are what stablemask() was given; gamma is always a tensor.
+    gamma, length, positions, score_mod and ordered are what stablemask() was given; gamma is always a tensor.
     """
 
     gamma: Tensor
     length: int | None
     positions: Tensor | None
     score_mod: ScoreMod | None
+    ordered: bool = True
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class StableMask:
         return self._copies[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StableMask, (self.gamma, self.length, self.positions, self.score_mod)
+        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.ordered)
 
 
 def stablemask(
@@ -76,6 +77,7 @@ def stablemask(
     length: int | None = None,
     positions: Tensor | None = None,
     score_mod: ScoreMod | None = None,
+    ordered: bool = True,
 ) -> StableMask:
     """StableMask (Yin et al., ICML 2024) as a score_mod for sm_flex's drop-ins.
 
@@ -92,6 +94,8 @@ def stablemask(
         positions: (S,) or (B, S) integers ((T_q,) for varlen_attn), the position of each query in its own sequence. None
             means 0..S-1, and query and key lengths must then be equal. Positions feed the mass and nothing else.
         score_mod: an ordinary score_mod (ALiBi, soft-capping) that acts on the real scores first.
+        ordered: False where slots do not follow the sequence, as the shards of context parallelism may not: the block_mask
+            of flex_attention, then required as positions are, alone says who sees whom, and must itself be causal.
 
     Returns:
         A StableMask. Calling it, as torch's own flex_attention would, raises.
@@ -115,11 +119,13 @@ def stablemask(
         check_positions(positions)
         if length is None:
             raise ValueError("length is required where positions are given: pass stablemask(..., length=N), the training length")
+    if not ordered and positions is None:
+        raise ValueError("positions are required with ordered=False: pass stablemask(..., positions=..., length=N)")
     if isinstance(score_mod, StableMask):
         raise TypeError("score_mod of a StableMask must be an ordinary score_mod, got another StableMask")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod must be callable or None, got {type(score_mod).__name__}")
-    return StableMask(gamma, length, positions, score_mod)
+    return StableMask(gamma, length, positions, score_mod, ordered)
 
 
 def _copy(gamma: Tensor, device: torch.device) -> Tensor:

@@ -45,8 +45,10 @@ def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> Visibl
     return rows
 
 
-def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_heads: int, batch: int) -> VisibleRows:
-    """A BlockMask within the causal slots: every pair of a full block, and of a partial block what mask_mod keeps."""
+def block_mask_rows(
+    block_mask: BlockMask, num_queries: int, num_keys: int, num_heads: int, batch: int, ordered: bool
+) -> VisibleRows:
+    """A BlockMask (within the causal slots if ordered): each pair of a full block, and what mask_mod keeps of a partial one."""
     device = block_mask.kv_num_blocks.device
     causal = causal_rows(num_queries, num_keys, device)
     block_q, block_kv = block_mask.BLOCK_SIZE
@@ -67,7 +69,7 @@ def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_
         seen = spread(partial) & mask_mod(b, h, q, kv)
         if full is not None:
             seen = seen | spread(full)
-        return seen & causal(start, end)
+        return seen & causal(start, end) if ordered else seen
 
     return rows
 
