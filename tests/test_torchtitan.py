@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, refusal
+from launching import ROOT
 
-from sm_flex_torchtitan import train, versions
+from sm_flex_torchtitan import train
 
 TITAN = importlib.util.find_spec("torchtitan") is not None
 pytestmark = pytest.mark.skipif(
@@ -56,9 +56,9 @@ def run(folder: Path, jobs: list[dict[str, Any]], processes: int) -> list[Result
     name = f"of{processes}"
     (folder / f"{name}.json").write_text(json.dumps(jobs))
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "integrations", ROOT / "tests"))), "TITAN_DATA": str(folder),
-        "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "FIRST_PORT": str(free_ports()),
+        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "integrations", ROOT / "tests"))),
+        "TITAN_DATA": str(folder), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "FIRST_PORT": str(free_ports()),
     }  # fmt: skip
     started = []
     for rank in range(processes):
@@ -118,6 +118,7 @@ def alone(folder: Path) -> Results:
         job("none", OURS, *STABLEMASK, *seed, "activation_checkpoint:none"),
         job("compiled", OURS, *STABLEMASK, *seed, "--training.steps", "2", "--compile.enable"),
         job("both ranks", OURS, *STABLEMASK, *seed, both_ranks=True),
+        job("checkpointing", "titan_checkpointing"),
         job("gamma list", OURS, *STABLEMASK, "--attn.gamma", "0.5,0.25"),
         job("short length", OURS, *STABLEMASK, "--attn.length=100"),
         job("gpt_oss", OURS, *STABLEMASK, module="gpt_oss"),
@@ -136,8 +137,8 @@ def together(folder: Path, alone: Results) -> list[Results]:
         ),
         job("context parallel", OURS, *STABLEMASK, *seed, DEGREE.format("context_parallel"), "2"),
         job(
-            "sharded data", OURS, *STABLEMASK, *seed, DEGREE.format("data_parallel_shard"), "2", "--training.local_batch_size", "1",
-            config="llama3_varlen",
+            "sharded data", OURS, *STABLEMASK, *seed, DEGREE.format("data_parallel_shard"), "2",
+            "--training.local_batch_size", "1", config="llama3_varlen",
         ),
         job(
             "pipeline", OURS, *STABLEMASK, *seed, DEGREE.format("pipeline_parallel"), "2",
@@ -189,6 +190,15 @@ def test_checkpoints_are_those_of_the_stock_model(alone: Results):
     assert alone["back in stock"]["attention"] == ["FlexAttention"]
     assert alone["back in stock"]["keys"] == alone["stablemask"]["keys"] == alone["seed"]["keys"]
     assert alone["back in stock"]["checksum"] == alone["stablemask"]["checksum"] != alone["seed"]["checksum"]
+
+
+def test_selective_checkpointing_saves_the_attention(alone: Results):
+    """Flex is one region in the forward and one in the backward; packed documents count in the forward alone."""
+    counts = alone["checkpointing"]["counts"]
+    calls = {name: calls for name, (calls, _) in counts.items()}
+    assert calls == {"selective flex": 2, "full flex": 3, "selective varlen": 1, "full varlen": 2}
+    gradients = [gradient for _, gradient in counts.values()]
+    assert gradients == pytest.approx([gradients[0]] * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torchtitan.models.llama3.config_registry as llama3_registry
 import torchtitan.models.qwen3.config_registry as qwen3_registry
-from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw
 
 

@@ -1,9 +1,9 @@
 """Runs torchtitan's own training on a CPU, for test_torchtitan.py: python titan_driver.py JOBS.json RESULT
 
-JOBS is a list of {"name", "program", "argv"}, where program is torchtitan.train or sm_flex_torchtitan.train, and "both_ranks"
-may ask for the rows of two data-parallel ranks in one batch. RESULT.<rank>.json has for each name the losses and gradient
-norms of its steps, the keys and a checksum of its state dict and the classes of its attention, or how it was refused. Several jobs
-share one process, whose imports take longer than they do; a process cannot make the same mesh of ranks twice.
+JOBS is a list of {"name", "program", "argv", "both_ranks"}: program is the module to run, torchtitan.train or another, and
+both_ranks asks for the rows of two data-parallel ranks in one batch. RESULT.<rank>.json has for each name the losses and
+gradient norms of its steps, the keys and a checksum of its state dict and the classes of its attention, or how it was
+refused. Several jobs share one process, whose imports take longer than they do; none can make the mesh of another again.
 """
 
 import contextlib
@@ -58,10 +58,12 @@ def recorded() -> Iterator[dict[str, Any]]:
                 if isinstance(module, FSDPModule):  # gloo has no ReduceOp.PREMUL_SUM
                     module.set_force_sum_reduction_for_comms(True)
 
-    def log_and_record(self: Any, step: int, loss: float, max_loss: float, grad_norm: float, *args: Any, **kwargs: Any) -> None:
-        record["losses"].append(loss)
+    def log_and_record(
+        self: Any, step: Any, global_avg_loss: float, global_max_loss: Any, grad_norm: float, extra_metrics: Any = None
+    ):
+        record["losses"].append(global_avg_loss)
         record["grad_norms"].append(grad_norm)
-        log(self, step, loss, max_loss, grad_norm, *args, **kwargs)
+        log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
     def close_and_record(self: Any) -> None:
         states = {key: value for part in self.model_parts for key, value in part.state_dict().items()}
@@ -91,7 +93,7 @@ def rows_of_both_ranks() -> Iterator[None]:
             super().__init__(*args, dp_rank=0, dp_world_size=2, **kwargs)
             self.other = real(*args, dp_rank=1, dp_world_size=2, **kwargs)
 
-        def __iter__(self) -> Iterator[Any]:
+        def __iter__(self) -> Any:
             for rows in zip(super().__iter__(), iter(self.other), strict=True):
                 yield from rows
 
@@ -110,9 +112,9 @@ def main(jobs_file: str, result: str) -> None:
         sys.argv = [job["program"], *job["argv"]]
         errors = io.StringIO()
         try:
-            with recorded() as record, rows_of_both_ranks() if job.get("both_ranks") else contextlib.nullcontext():
-                with contextlib.redirect_stderr(errors):
-                    importlib.import_module(job["program"]).main()
+            rows = rows_of_both_ranks() if job["both_ranks"] else contextlib.nullcontext()
+            with recorded() as record, rows, contextlib.redirect_stderr(errors):
+                record.update(importlib.import_module(job["program"]).main() or {})
         except SystemExit as stop:
             record = {"exit": stop.code, "refusal": errors.getvalue().splitlines()[-1]}
         finally:

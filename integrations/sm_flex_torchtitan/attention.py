@@ -79,15 +79,17 @@ class StableFlexAttention(_Rates, FlexAttention):
         rates: tuple[float, ...]
         length: int
 
-    # As FlexAttention compiles flex_attention: one region, and so one entry in the list of what selective
-    # checkpointing saves.
-    _compiled: ClassVar[Callable[..., Any]] = torch.compile(flex_attention, options=FlexAttention.inductor_configs)
+    _options: ClassVar[dict[str, Any]] = {**FlexAttention.inductor_configs}
+    # Compiled as FlexAttention compiles torch's: one region, which selective checkpointing saves as one op.
+    compiled: ClassVar[Callable[..., Any]] = torch.compile(flex_attention, options=_options)
+
+    eager: ClassVar[Callable[..., Any]] = staticmethod(flex_attention)  # a CPU has no flex kernel to compile
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.set_rates(config.rates, config.length)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         q_BLNH: Tensor,
         k_BLNH: Tensor,
@@ -100,7 +102,7 @@ class StableFlexAttention(_Rates, FlexAttention):
         block_mask, positions_BL = attention_masks
         if not isinstance(block_mask, BlockMask) or positions_BL is None:
             raise TypeError(f"attention_masks must be a BlockMask, with positions, got {type(block_mask).__name__}")
-        attend = StableFlexAttention._compiled if q_BLNH.is_cuda else flex_attention
+        attend = StableFlexAttention.compiled if q_BLNH.is_cuda else StableFlexAttention.eager
         # ordered=False: under context parallelism this rank has some queries and all keys, both in the order of a load
         # balancer, and the BlockMask alone knows it.
         with maybe_regional_inductor(FlexAttention.inductor_configs), spmd.no_typecheck():
@@ -124,7 +126,7 @@ class StableVarlenAttention(_Rates, VarlenAttention):
         super().__init__(config)
         self.set_rates(config.rates, config.length)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         q_BLNH: Tensor,
         k_BLNH: Tensor,
@@ -140,11 +142,13 @@ class StableVarlenAttention(_Rates, VarlenAttention):
         # The kernels for packed documents know bf16 and fp16 only; torchtitan casts likewise.
         dtype = torch.bfloat16 if q_BLNH.is_cuda else q_BLNH.dtype
         with spmd.no_typecheck():
-            out_BLNH = varlen_attn(
-                *[x.flatten(0, 1).to(dtype) for x in (q_BLNH, k_BLNH, v_BLNH)],
-                packed.cu_seq_q, packed.cu_seq_k, packed.max_q, packed.max_k, scale=scale, enable_gqa=enable_gqa,
-                window_size=self.window_size, score_mod=stablemask(self.gamma_of(q_BLNH), length=self.length),
-            ).view_as(q_BLNH).to(q_BLNH.dtype)  # fmt: skip
+            mask = stablemask(self.gamma_of(q_BLNH), length=self.length)
+            q_TNH, k_TNH, v_TNH = [x.flatten(0, 1).to(dtype) for x in (q_BLNH, k_BLNH, v_BLNH)]
+            out_TNH = varlen_attn(
+                q_TNH, k_TNH, v_TNH, packed.cu_seq_q, packed.cu_seq_k, packed.max_q, packed.max_k,
+                scale=scale, window_size=self.window_size, enable_gqa=enable_gqa, score_mod=mask,
+            )  # fmt: skip
+            out_BLNH = out_TNH.view_as(q_BLNH).to(q_BLNH.dtype)
         return _typed_as(q_BLNH, out_BLNH)
 
 
@@ -155,5 +159,6 @@ def _local(x: Tensor) -> Tensor:
 def _typed_as(q_BLNH: Tensor, out_BLNH: Tensor) -> Tensor:
     """Tell torchtitan's SPMD type checker that the output is sharded as the query is."""
     if get_spmd_backend() == "spmd_types" and spmd.is_type_checking():
-        spmd.assert_type(out_BLNH, spmd.get_local_type(q_BLNH), get_partition_spec(q_BLNH))
+        like_q: Any = spmd.get_local_type(q_BLNH)
+        spmd.assert_type(out_BLNH, like_q, get_partition_spec(q_BLNH))
     return out_BLNH
