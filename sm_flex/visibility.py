@@ -35,6 +35,21 @@ def causal_bias(attn_mask: Tensor | None, num_queries: int, num_keys: int, dtype
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
 
 
+def visible_rows(
+    mask: Tensor | BlockMask | None,
+    batch: int,
+    num_heads: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    ordered: bool,
+) -> VisibleRows:
+    """The causal slots, narrowed by a BlockMask (which is all there is if not ordered) or a boolean mask of four dimensions."""
+    if isinstance(mask, BlockMask):
+        return block_mask_rows(mask, num_queries, num_keys, num_heads, batch, ordered)
+    return causal_rows(num_queries, num_keys, device) if mask is None else bool_mask_rows(mask, num_queries, num_keys)
+
+
 def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> VisibleRows:
     """(rows, T), True where key j <= i + T - S."""
 

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, 
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex.diagnostics import attention_map
 from sm_flex.testing import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -276,6 +277,8 @@ def test_a_balanced_shard_of_the_queries_and_all_keys_in_its_order(rank: int):
     expected = oracle(*whole[:3], gamma=whole[3], length=40, positions=packed_positions, visible=visible)
     torch.testing.assert_close(out, expected[0][:, :, mine])
     torch.testing.assert_close(lse, expected[1][:, :, mine])
+    weights = attention_map(shard[0], shard[1], stablemask(shard[3], **options), visible=block_mask)
+    torch.testing.assert_close(weights @ shard[2].repeat_interleave(2, dim=1), out)
 
 
 def packed(q: Tensor) -> Tensor:

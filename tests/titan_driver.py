@@ -15,31 +15,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-import torch._utils
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-
-def fill_in_torch_cpu() -> None:
-    """What torch.cpu lacks for torchtitan's Trainer; before torchtitan is imported."""
-    torch._utils._get_available_device_type = lambda: "cpu"
-    stats = ("active_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries", "num_ooms")
-    missing: dict[str, Any] = {
-        "set_device": lambda device: None,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_device_name": lambda device=None: "cpu",
-        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=1 << 34),
-        "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "memory_stats": lambda device=None: dict.fromkeys(stats, 0),
-    }
-    for name, function in missing.items():
-        setattr(torch.cpu, name, function)
+from benchmarks.titan_speed import fill_in_torch_cpu
 
 
 @contextmanager
@@ -105,7 +86,7 @@ def rows_of_both_ranks() -> Iterator[None]:
 
 
 def main(jobs_file: str, result: str) -> None:
-    fill_in_torch_cpu()
+    fill_in_torch_cpu()  # before torchtitan is imported
     results: dict[str, Any] = {}
     for i, job in enumerate(json.loads(Path(jobs_file).read_text())):
         os.environ["MASTER_PORT"] = str(int(os.environ["FIRST_PORT"]) + i)
