@@ -187,7 +187,9 @@ def _no_tokenizer() -> Any:
         def __init__(self, config: Config, *, tokenizer_path: str) -> None:
             super().__init__()
 
-        encode = decode = get_vocab_size = lambda self, *args, **kwargs: 0
+        encode: Any = None
+        decode: Any = None
+        get_vocab_size: Any = None
 
     return NoTokenizer.Config()
 

@@ -119,6 +119,7 @@ def alone(folder: Path) -> Results:
         job("compiled", OURS, *STABLEMASK, *seed, "--training.steps", "2", "--compile.enable"),
         job("both ranks", OURS, *STABLEMASK, *seed, both_ranks=True),
         job("checkpointing", "titan_checkpointing"),
+        job("overrides", "titan_overrides"),
         job("gamma list", OURS, *STABLEMASK, "--attn.gamma", "0.5,0.25"),
         job("short length", OURS, *STABLEMASK, "--attn.length=100"),
         job("gpt_oss", OURS, *STABLEMASK, module="gpt_oss"),
@@ -183,6 +184,8 @@ def test_backends(alone: Results):
     classes = {name: alone[name]["attention"] for name in ("stablemask", "override", "varlen", "to varlen")}
     flex, varlen = ["StableFlexAttention"], ["StableVarlenAttention"]
     assert classes == {"stablemask": flex, "override": flex, "varlen": varlen, "to varlen": ["VarlenAttention"]}
+    # flex_flash is FlexAttention with options, which stay.
+    assert alone["overrides"]["flash"] == ["StableFlexAttention.Config", [256, 128], {"BACKEND": "FLASH"}]
 
 
 def test_checkpoints_are_those_of_the_stock_model(alone: Results):
@@ -233,3 +236,18 @@ def test_models_and_numbers_that_do_not_fit(name: str, alone: Results):
     assert alone[name] == {"exit": 2, "refusal": alone[name]["refusal"]}
     assert alone[name]["refusal"].startswith(f"{train.PROG}: error: ")
     assert alone[name]["refusal"].endswith(REFUSALS[name])
+
+
+def test_kwargs_that_the_override_refuses(alone: Results):
+    words = 'TypeError: gamma must be "headwise", a number or a list of numbers, got '
+    below = "ValueError: gamma must be >= 0 (inf is plain causal attention), got "
+    assert alone["overrides"]["said"] == [
+        f"{words}'half'",
+        f"{words}True",
+        f"{words}[0.5, None]",
+        f"{below}-1",
+        f"{below}nan",
+        "TypeError: length must be an int, the training length, got 2.5",
+        "ValueError: length must be at least training.seq_len, 131072, got 0: leave it out for 131072",
+        "ValueError: inner_attention must be one of torchtitan's flex, flex_flash, varlen, got ScaledDotProductAttention.Config",
+    ]
