@@ -45,10 +45,11 @@ SHADES = "Blues"
 
 
 def draw(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Write stem.png, stem-share.png and, where the record has maps, stem-maps.png; the paths written."""
-    figures = {"": overview(record), "-share": shares_by_layer(record)}
-    if any(variant.get("maps") for variant in record["variants"].values()):
-        figures["-maps"] = maps(record)
+    """Write stem.png and, where the record has them, stem-share.png and stem-maps.png; the paths written."""
+    figures = {"": overview(record)}
+    for key, suffix, make in (("first_token_share", "-share", shares_by_layer), ("maps", "-maps", maps)):
+        if _with(record["variants"], key):
+            figures[suffix] = make(record)
     paths = [stem.with_name(f"{stem.name}{suffix}.png") for suffix in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=130)
@@ -61,20 +62,27 @@ def draw_scaling(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def overview(record: dict[str, Any]) -> Figure:
-    """Perplexity, loss along the training, first-token share and extrapolation of every variant, a panel each."""
+    """Perplexity, loss along the training, and, where they were measured, first-token share and extrapolation: a panel each."""
     variants, config = record["variants"], record["config"]
-    figure = Figure(figsize=(10, 7.4), layout="constrained")
-    (final, training), (share, longer) = figure.subplots(2, 2)
-    _final(final, variants)
-    means = {name: np.mean(variant["first_token_share"]["by_layer"], axis=0) for name, variant in variants.items()}
-    lines = {
-        training: _training(training, variants),
-        share: _share(share, variants, "first_token_share", means),
-        longer: _extrapolation(longer, variants),
-    }
-    share.set(xlabel="position of the query", ylabel="share of its attention")
-    share.set_title("attention to the first token (mean over layers)", fontsize=TITLE)
-    longer.set_title(f"longer texts, attention to the last {config['window']} tokens", fontsize=TITLE)
+    watched, tried = _with(variants, "first_token_share"), _with(variants, "extrapolation")
+    rows = 2 if watched or tried else 1
+    figure = Figure(figsize=(10, 3.7 * rows), layout="constrained")
+    panels = iter(figure.subplots(rows, 2, squeeze=False).flat)
+    _final(next(panels), variants)
+    training = next(panels)
+    lines = {training: _training(training, variants)}
+    if watched:
+        means = {name: np.mean(variant["first_token_share"]["by_layer"], axis=0) for name, variant in watched.items()}
+        share = next(panels)
+        lines[share] = _share(share, watched, "first_token_share", means)
+        share.set(xlabel="position of the query", ylabel="share of its attention")
+        share.set_title("attention to the first token (mean over layers)", fontsize=TITLE)
+    if tried:
+        longer = next(panels)
+        lines[longer] = _extrapolation(longer, tried)
+        longer.set_title(f"longer texts, attention to the last {config['window']} tokens", fontsize=TITLE)
+    for axes in panels:
+        axes.remove()
     seeds = max(len(variant["seeds"]) for variant in variants.values())
     spread = "one seed" if seeds == 1 else f"{seeds} seeds (bars and bands from the lowest to the highest)"
     size = f"{config['parameters'] / 1e6:.3g} M parameters, {ENCODINGS.get(config['position'], config['position'])}"
@@ -86,7 +94,7 @@ def overview(record: dict[str, Any]) -> Figure:
 
 def shares_by_layer(record: dict[str, Any]) -> Figure:
     """A column for each layer (of many, a few evenly spread): what the first token gets, and what no token gets."""
-    variants, layers = record["variants"], record["config"]["layers"]
+    variants, layers = _with(record["variants"], "first_token_share"), record["config"]["layers"]
     chosen = np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round().astype(int))
     figure = Figure(figsize=(2.1 * len(chosen) + 1.9, 5.4), layout="constrained")
     grid = figure.subplots(2, len(chosen), sharex=True, sharey="row", squeeze=False)
@@ -106,7 +114,7 @@ def shares_by_layer(record: dict[str, Any]) -> Figure:
 
 def maps(record: dict[str, Any]) -> Figure:
     """Chosen heads with and without StableMask, one above the other; the strip at the right of a map is 1 - its rows' sums."""
-    variants = [variant for variant in record["variants"].values() if variant.get("maps")]
+    variants = list(_with(record["variants"], "maps").values())
     count = min(MOST_HEADS, *(len(variant["maps"]) for variant in variants))
     columns = min(HEADS_A_ROW, count)
     rows = -(-count // columns) * len(variants)
@@ -164,6 +172,11 @@ def scaling(records: Sequence[dict[str, Any]]) -> Figure:
     figure.suptitle(title, fontsize=TITLE)
     name_ends(figure, {right: lines} if lines else {})
     return figure
+
+
+def _with(variants: Variants, key: str) -> Variants:
+    """The variants that have a measurement: texts may be too short for some."""
+    return {name: variant for name, variant in variants.items() if variant.get(key)}
 
 
 def _more_than_causal(variants: Variants, name: str) -> np.ndarray:

@@ -67,6 +67,23 @@ def check_gamma(gamma: Any) -> Tensor:
     return torch.tensor(float(gamma), dtype=torch.float64)
 
 
+def check_sink(sink: Any) -> Tensor:
+    """sink as a tensor: a number becomes 0-d float64."""
+    if isinstance(sink, Tensor):
+        if not sink.is_floating_point():
+            raise TypeError(f"sink must be a floating tensor, got dtype {sink.dtype}")
+        if sink.dim() > 3:
+            raise ValueError(f"sink must be 0-d, (H,), or broadcastable to (B, H, S), got shape {tuple(sink.shape)}")
+        if readable(sink) and not bool((sink < torch.inf).all()):
+            raise ValueError("sink must be below inf and not NaN: it is the log of a mass")
+        return sink
+    if isinstance(sink, bool) or not isinstance(sink, (int, float)):
+        raise TypeError(f"sink must be a number or a floating tensor, got {type(sink).__name__}")
+    if not sink < float("inf"):
+        raise ValueError(f"sink must be a number below inf, got {sink}")
+    return torch.tensor(float(sink), dtype=torch.float64)
+
+
 def check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an int, the training length, got {type(length).__name__}")
@@ -74,13 +91,17 @@ def check_length(length: Any) -> None:
         raise ValueError(f"length must be at least 1, got {length}")
 
 
-def check_positions(positions: Any, name: str = "positions") -> None:
+def check_positions(positions: Any) -> None:
+    check_integers(positions, "positions")
+    if positions.dim() not in (1, 2):
+        raise ValueError(f"positions must be (S,) or (B, S), got shape {tuple(positions.shape)}")
+
+
+def check_integers(positions: Any, name: str) -> None:
     if not isinstance(positions, Tensor):
         raise TypeError(f"{name} must be an integer tensor such as torch.tensor([5]), got {type(positions).__name__}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an integer tensor, int32 or int64, got dtype {positions.dtype}")
-    if positions.dim() not in (1, 2):
-        raise ValueError(f"{name} must be (S,) or (B, S), got shape {tuple(positions.shape)}")
 
 
 def check_position_values(positions: Tensor) -> None:
@@ -99,6 +120,8 @@ def check_mask_fits(
         )
     if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
+    if mask.sink is not None:
+        _check_sink_fits(mask.sink, batch, heads, num_queries, device)
     if not mask.ordered and block_mask is None:
         raise ValueError(
             "block_mask is required with stablemask(..., ordered=False), where it alone says who sees whom: use flex_attention"
@@ -112,6 +135,16 @@ def check_mask_fits(
         return
     check_positions_fit(positions, batch, num_queries, device)
     check_position_values(positions)
+
+
+def _check_sink_fits(sink: Tensor, batch: int, heads: int, num_queries: int, device: torch.device) -> None:
+    if sink.device != device and not (sink.dim() == 0 and sink.device.type == "cpu"):
+        raise ValueError(f"sink must be on the device of query, {device}, got {sink.device}: use sink.to({str(device)!r})")
+    if sink.dim() == 1 and sink.shape[0] != heads:
+        raise ValueError(f"sink must have one value for each of the {heads} query heads, got {sink.shape[0]}")
+    full = (batch, heads, num_queries)
+    if sink.dim() > 1 and not all(a in (1, b) for a, b in zip(reversed(sink.shape), reversed(full), strict=False)):
+        raise ValueError(f"sink must be broadcastable to (B, H, S) = {full}, got {tuple(sink.shape)}")
 
 
 def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:
@@ -226,7 +259,7 @@ def check_varlen(
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
             raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+    if torch.is_grad_enabled() and _learns(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:
                 raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
@@ -247,6 +280,10 @@ def check_varlen(
             continue
         check_cu_seqlens(name, cu, query.device)
     _check_documents(query, key, cu_q, cu_k, mask, paged)
+
+
+def _learns(*inputs: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs)
 
 
 def check_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:

@@ -4,8 +4,7 @@
 
 For looking at a model, not for training one. Each takes the query, the key and the StableMask of a call of the drop-ins (None
 for plain causal attention), in the layout (B, H, S, D). Scores are float32 (float64 for float64 inputs) whatever kernel the
-model runs on, and nothing is differentiated. All three work in blocks of rows, as the dense engine does, and on its
-code.
+model runs on, and nothing is differentiated. All three work on the dense engine's blocks of rows.
 """
 
 import math
@@ -62,7 +61,6 @@ def attention_map(
                 [0.2000, 0.2000, 0.0000],
                 [0.2000, 0.2000, 0.2000]])
     """
-
     call = _read(query, key, mask, scale, visible, cu_seqlens)
     return _by_rows(call, lambda weights, share: weights * share.unsqueeze(-1), call.key.shape[2])
 
@@ -85,7 +83,8 @@ def first_token_share(
         query, key, mask, scale, visible, cu_seqlens: as for attention_map.
         key_positions: (T,) or (B, T) integers, the position of each key in its own sequence. A first token is a visible key at
             position 0; any other, negative ones too, is none (what no query sees may be at 0: padding). None: the first
-            row of each document of cu_seqlens, else the positions of the mask, else slot 0; S and T must then be equal.
+            row of each document of cu_seqlens, else the positions of the mask, else slot 0 (pass them for left padding
+            without a StableMask); S and T must then be equal.
 
     Returns:
         (B, H, S), float32 (float64 for float64 inputs); 0 for a row that no longer sees its first token.
@@ -203,7 +202,7 @@ def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor 
     batch, _, num_queries, _ = call.query.shape
     num_keys, device = call.key.shape[2], call.query.device
     if key_positions is not None:
-        _checks.check_positions(key_positions, "key_positions")
+        _checks.check_integers(key_positions, "key_positions")
         _checks.check_positions_fit(key_positions, batch, num_keys, device, "key_positions")
         positions = key_positions
     elif num_queries != num_keys:

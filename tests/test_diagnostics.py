@@ -306,6 +306,7 @@ def test_bad_input(name: str):
         ([0, 1], TypeError, "key_positions must be an integer tensor"),
         (torch.zeros(7), TypeError, "key_positions must be an integer tensor, int32 or int64, got dtype torch.float32"),
         (torch.arange(6), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(6,\)"),
+        (torch.zeros(1, 2, 7).long(), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(1, 2, 7\)"),
         (torch.zeros(3, 7).long(), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(3, 7\)"),
         (torch.arange(7, device="meta"), ValueError, "key_positions must be on the device of query, cpu, got meta"),
     ],

@@ -251,6 +251,22 @@ def test_the_default_run_with_two_variants_and_one_seed(tmp_path: Path):
     assert "one seed" in lm_figures.overview(drawn).get_suptitle()
 
 
+def test_texts_too_short_to_measure_shares_or_extrapolation(tmp_path: Path):
+    drawn = record(["causal", "stablemask"])
+    titles = [axes.get_title().split()[0] for axes in lm_figures.overview(drawn).axes]
+    assert titles == ["validation:", "validation", "attention", "longer"]
+    for variant in drawn["variants"].values():
+        variant["extrapolation"] = None
+    assert [axes.get_title().split()[0] for axes in lm_figures.overview(drawn).axes] == titles[:3]
+    for variant in drawn["variants"].values():
+        variant["first_token_share"] = variant["pseudo_share"] = None
+        del variant["maps"]
+    figure = lm_figures.overview(drawn)
+    assert [axes.get_title().split()[0] for axes in figure.axes] == titles[:2]
+    assert figure.get_figheight() < 4
+    assert [path.name for path in lm_figures.draw(drawn, tmp_path / "lm")] == ["lm.png"]
+
+
 def test_what_a_reader_needs_is_written():
     text = "\n".join(written(lm_figures.overview(record())))
     for part in (
