@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from launching import ROOT
 
 from sm_flex_torchtitan import train
 
-TITAN = importlib.util.find_spec("torchtitan") is not None
+MISSING = [name for name in ("torchtitan", "triton") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
-    not TITAN or torch.__version__ < "2.14", reason="torchtitan 0.3 is not installed, or torch is older than the 2.14 it needs"
+    bool(MISSING) or torch.__version__ < "2.14",
+    reason=f"needs torchtitan, Triton and torch 2.14, got torch {torch.__version__}, missing: {', '.join(MISSING) or 'nothing'}",
 )
 STOCK, OURS = "torchtitan.train", "sm_flex_torchtitan.train"
 STABLEMASK = ["--attn", "stablemask"]
@@ -66,8 +68,15 @@ def run(folder: Path, jobs: list[dict[str, Any]], processes: int) -> list[Result
         with (folder / f"{name}.{rank}.log").open("w") as log:
             ranked = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(command, cwd=folder, env=ranked, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=1200) for process in started]
-    assert not any(codes), (folder / f"{name}.0.log").read_text()[-4000:]
+    try:
+        # Of two, one that stops leaves the other waiting.
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            time.sleep(0.5)
+    finally:
+        for process in started:
+            process.kill()
+    codes = [process.wait() for process in started]  # below 0 of those that were killed
+    assert not any(codes), (folder / f"{name}.{codes.index(max(codes))}.log").read_text()[-4000:]
     return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(processes)]
 
 

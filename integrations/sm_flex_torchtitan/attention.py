@@ -82,7 +82,6 @@ class StableFlexAttention(_Rates, FlexAttention):
     _options: ClassVar[dict[str, Any]] = {**FlexAttention.inductor_configs}
     # Compiled as FlexAttention compiles torch's: one region, which selective checkpointing saves as one op.
     compiled: ClassVar[Callable[..., Any]] = torch.compile(flex_attention, options=_options)
-
     eager: ClassVar[Callable[..., Any]] = staticmethod(flex_attention)  # a CPU has no flex kernel to compile
 
     def __init__(self, config: Config) -> None:
