@@ -156,7 +156,13 @@ def partners(name: str, made: dict[str, Variant], among: dict[str, Any]) -> dict
 def run(cases: list[Case], device: torch.device, minutes: float, stem: Path, source: dict[str, str]) -> dict[str, Any]:
     """Measures case after case and writes the record after each."""
     budget = Budget(minutes, device)
-    record: dict[str, Any] = {"benchmark": "speed", "rows": [], "dropped": [], "minutes": minutes}
+    record: dict[str, Any] = {
+        "benchmark": "speed",
+        "rows": [],
+        "dropped": [],
+        "minutes": minutes,
+        "repetition seconds": MOST_SECONDS,
+    }
     record["copy GB/s"] = copy_bandwidth(device)
     with tqdm(total=len(cases), unit="case", dynamic_ncols=True) as bar:
         for i, case in enumerate(cases):

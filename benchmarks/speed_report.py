@@ -38,7 +38,7 @@ def write(stem: Path, source: dict[str, str], record: Record, device: torch.devi
     parts = [targets_table(record, device), "## Attention", *_attention_tables(record["rows"])]
     parts += ["## The pieces", _pieces_table(record["rows"])]
     notes = [f"![ratio against S]({stem.name}.png)", f"Copy bandwidth of the device, measured: {record['copy GB/s']:.0f} GB/s."]
-    few = [row for row in record["rows"] if row["repetition seconds"] < 4.9]
+    few = [row for row in record["rows"] if row["repetition seconds"] < record["repetition seconds"]]
     if few:
         notes.append(f"Repetitions cut to fit in {record['minutes']:g} minutes: {len({row['case'] for row in few})} cases.")
     if record["dropped"]:
