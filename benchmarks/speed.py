@@ -184,9 +184,9 @@ def run(cases: list[Case], device: torch.device, minutes: float, stem: Path, sou
                 except RuntimeError as error:  # a device that is lost stays lost
                     record["stopped"] = one_line(error)
                 record["seconds"] = round(60 * minutes - budget.left(), 1)
-                speed_report.write(stem, source, record, device)
+                speed_report.write(stem, source, record, device, picture=i % 8 == 0)
             bar.update()
-    speed_report.write(stem, source, record, device)
+    speed_report.write(stem, source, record, device, picture=True)
     return record
 
 
