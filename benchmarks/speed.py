@@ -156,7 +156,13 @@ def partners(name: str, made: dict[str, Variant], among: dict[str, Any]) -> dict
 def run(cases: list[Case], device: torch.device, minutes: float, stem: Path, source: dict[str, str]) -> dict[str, Any]:
     """Measures case after case and writes the record after each."""
     budget = Budget(minutes, device)
-    record: dict[str, Any] = {"benchmark": "speed", "rows": [], "dropped": [], "minutes": minutes}
+    record: dict[str, Any] = {
+        "benchmark": "speed",
+        "rows": [],
+        "dropped": [],
+        "minutes": minutes,
+        "repetition seconds": MOST_SECONDS,
+    }
     record["copy GB/s"] = copy_bandwidth(device)
     with tqdm(total=len(cases), unit="case", dynamic_ncols=True) as bar:
         for i, case in enumerate(cases):
@@ -178,9 +184,9 @@ def run(cases: list[Case], device: torch.device, minutes: float, stem: Path, sou
                 except RuntimeError as error:  # a device that is lost stays lost
                     record["stopped"] = one_line(error)
                 record["seconds"] = round(60 * minutes - budget.left(), 1)
-                speed_report.write(stem, source, record, device)
+                speed_report.write(stem, source, record, device, picture=i % 8 == 0)
             bar.update()
-    speed_report.write(stem, source, record, device)
+    speed_report.write(stem, source, record, device, picture=True)
     return record
 
 

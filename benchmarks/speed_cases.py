@@ -116,13 +116,14 @@ def cpu_plan() -> list[Case]:
     grouped: dict[str, Any] = {**alone, "heads": 8, "kv_heads": 2}
     counts = sorted({1, num_cores()}, reverse=True)
     grid = [(dtype, threads) for threads in counts for dtype in ("bf16", "fp32")]
+    main = attention(1024, ("cpu", "cpu compiled", "dense"))
+    steps = [attention(length, dtype=d, threads=n) for length in (2048, 1024, 256, 4096, 512) for d, n in grid]
     return [
-        attention(1024, ("cpu", "dense")),
-        *(attention(length, dtype=d, threads=n) for length in (2048, 1024, 256, 4096, 512) for d, n in grid),
+        main,
+        *(case for case in steps if case.name != main.name),
         Case("first call", (), 1024, 1, **alone),
         Case("epilogue", (), 2048, 4, **several),
         Case("decode", (), 4096, 1, **grouped),
-        attention(1024, ("cpu compiled",)),
         attention(1024, heads=4, kv_heads=1),
         attention(2048, head_dim=128),
         attention(2048, kind="window"),

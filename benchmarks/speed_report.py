@@ -32,13 +32,14 @@ def targets_table(record: Record, device: torch.device) -> str:
     return report.markdown_table(("target", "limit", "verdict", "figure"), lines)
 
 
-def write(stem: Path, source: dict[str, str], record: Record, device: torch.device) -> None:
-    """stem.md, .json and .png as of now."""
-    draw(record["rows"], stem.with_name(stem.name + ".png"))
+def write(stem: Path, source: dict[str, str], record: Record, device: torch.device, picture: bool) -> None:
+    """stem.md and .json as of now, and the .png, which takes longer, if wanted."""
+    if picture:
+        draw(record["rows"], stem.with_name(stem.name + ".png"))
     parts = [targets_table(record, device), "## Attention", *_attention_tables(record["rows"])]
     parts += ["## The pieces", _pieces_table(record["rows"])]
     notes = [f"![ratio against S]({stem.name}.png)", f"Copy bandwidth of the device, measured: {record['copy GB/s']:.0f} GB/s."]
-    few = [row for row in record["rows"] if row["repetition seconds"] < 4.9]
+    few = [row for row in record["rows"] if row["repetition seconds"] < record["repetition seconds"]]
     if few:
         notes.append(f"Repetitions cut to fit in {record['minutes']:g} minutes: {len({row['case'] for row in few})} cases.")
     if record["dropped"]:
@@ -60,7 +61,8 @@ def _attention_tables(rows: list[Record]) -> list[str]:
                 lines.append((row["variant"], *[""] * 9, *tail, row.get("error", "")))
                 continue
             ms = [_spread(row["ms"][mode]) for mode in ("forward", "backward", BOTH)]
-            head = (row["variant"], *ms, f"{row['ms']['host']['median']:.2f}", f"{row['tflops'][BOTH]:.1f}")
+            host = "" if row["threads"] else f"{row['ms']['host']['median']:.2f}"
+            head = (row["variant"], *ms, host, f"{row['tflops'][BOTH]:.3g}")
             if not row.get("ratio"):
                 lines.append((*head, "", "", "", "", *tail, row.get("error", "")))
             for n, (against, by_mode) in enumerate(row.get("ratio", {}).items()):
