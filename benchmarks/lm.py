@@ -1,219 +1,131 @@
-"""A first real training: a small decoder learns the bytes of real text, plain causal against StableMask.
+"""Does it help? A small LLaMA-style decoder learns real text with StableMask and with its rivals, and is measured.
 
-    python -m benchmarks.lm                      # Python's own standard library is the text; three minutes on two idle cores
-    python -m benchmarks.lm --text my_folder --steps 1000 --gamma 0.5
+    python -m benchmarks.lm                # causal against StableMask on Python's own standard library; minutes on two cores
+    python -m benchmarks.lm --variants all --seeds 3 --text benchmarks/out/anarchism     # the published run: 45 minutes on a core
+    python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3        # on a GPU
 
-Both variants start from the same weights, see the same batches in the same order, and take their steps in turn, so that a
-busy machine slows both alike. Both run through the same code: causal is ``stablemask(math.inf, length=N)``, whose pseudo
-scores -j * inf leave no mass, which is exactly plain causal attention. What differs is log M and nothing else.
+A run is made of pieces, a variant and a seed each (lm_train.py), first every variant with seed 0, then with seed 1. Whatever
+stops a run, the same command goes on with it; --finished measures what is there and trains nothing. Variants that share a seed
+share their first weights and see the same batches in the same order; what differs is log M (lm_variants.py).
 
-Batches are packed documents (lm_text.py): ``varlen_attn`` keeps the documents apart, so no token sees another document, and
-the positions (of RoPE in lm_model.py, and of the mass inside varlen_attn) restart at 0 with each. The separator between
-documents is read but never predicted, so the loss is nats a byte.
+The published run reads An Anarchist FAQ, 143 long English essays (11.7 MB), from Debian's package anarchism 15.3-3:
 
-The validation text is other files than the training text. On a CPU a seed gives the same losses every time.
-Where the cores are shared, OMP_NUM_THREADS=1 keeps threads from waiting for one another.
+    apt-get download anarchism && dpkg -x anarchism_15.3-3_all.deb debian
+    mkdir -p benchmarks/out && cp -r debian/usr/share/doc/anarchism/markdown benchmarks/out/anarchism
+    gunzip -r benchmarks/out/anarchism
+
+Where the rooms are: lm_presets.py (sizes), lm_text.py and lm_tokens.py (text), lm_model.py, lm_train.py, lm_measures.py (what
+is measured), lm_record.py (the result), lm_figures.py (drawings). Where the cores are shared, OMP_NUM_THREADS=1 keeps threads
+from waiting for one another.
 """
 
+import argparse
 import json
-import math
 import shlex
 import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import report
-from benchmarks.lm_model import Decoder, Size
-from benchmarks.lm_text import SEPARATOR, Packed, Text, batches, cut_rows, pack, read_text
-from sm_flex import headwise_gamma, stablemask
+from benchmarks import lm_figures, report
+from benchmarks.lm_measures import measure
+from benchmarks.lm_presets import PRESETS, Size, parameters
+from benchmarks.lm_record import notes, record_of, tables
+from benchmarks.lm_text import read_text
+from benchmarks.lm_tokens import DATASETS, Corpus, read_dataset, tokenise
+from benchmarks.lm_train import Piece, pick_device, rows_for, train
+from benchmarks.lm_variants import ALL, named
 
 
-@dataclass
-class Variant:
-    """One of the models that are compared, with what has been measured of it."""
-
-    name: str
-    model: Decoder
-    optimizer: torch.optim.Optimizer
-    training: list[float] = field(default_factory=list)  # nats a byte, each step
-    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats a byte)
-    seconds: list[float] = field(default_factory=list)  # each step
-
-    def step(self, batch: Packed, lr: float) -> None:
-        start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with low_precision(batch.tokens_T.device):
-            loss = self.model.loss(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.training.append(loss.item())  # waits for the GPU, so the clock sees the whole step
-        self.seconds.append(time.perf_counter() - start)
-
-    @torch.no_grad()
-    def validate(self, held_out: list[Packed]) -> None:
-        with low_precision(held_out[0].tokens_T.device):
-            losses = [self.model.loss(batch).item() for batch in held_out]
-        counts = [int((batch.targets_T != SEPARATOR).sum()) for batch in held_out]
-        mean = sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
-        self.validation.append((len(self.training), mean))
+def parse(argv: list[str]) -> tuple[report.Parser, argparse.Namespace]:
+    parser = report.Parser(prog="python -m benchmarks.lm", description="Train small decoders: StableMask and its rivals.")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="model and training (default %(default)s)")
+    parser.add_argument(
+        "--variants", default="causal,stablemask",
+        help=f"of {', '.join(v.name for v in ALL)}, stablemask-GAMMA, with commas; or all (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--position", choices=("rope", "alibi"), default="rope", help="encoding (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each piece (default: the preset's)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
+    text.add_argument("--dataset", choices=DATASETS, help="by Hugging Face's datasets, from their hub")
+    parser.add_argument("--run", type=Path, help="folder of the checkpoints (default benchmarks/out/lm-PRESET-POSITION)")
+    parser.add_argument("--finished", action="store_true", help="train nothing: measure the pieces that are finished")
+    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
+    return parser, parser.parse_args(argv)
 
 
-def new_variant(name: str, gamma: float | Tensor, size: Size, seed: int, device: torch.device) -> Variant:
-    torch.manual_seed(seed)
-    model = Decoder(size, stablemask(gamma, length=size.length)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return Variant(name, model, optimizer)
+def pieces_of(args: argparse.Namespace, size: Size, corpus: Corpus, device: torch.device) -> list[Piece]:
+    names = [v.name for v in ALL] if args.variants == "all" else args.variants.split(",")
+    variants = [named(name) for name in dict.fromkeys(names)]
+    run = args.run or report.OUT / f"lm-{args.preset}-{args.position}"
+    if run.exists() and not run.is_dir():
+        raise NotADirectoryError(f"--run: {run} is not a folder")
+    pieces = [
+        Piece(variant, seed, size, args.position, corpus, run / f"{variant.name}-seed{seed}", device)
+        for seed in range(args.seeds)
+        for variant in variants
+    ]
+    for piece in pieces:
+        piece.load()  # one that does not fit is refused before any work
+    return pieces
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warmup over a twentieth of the steps, then a cosine down to a tenth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def train_all(pieces: list[Piece]) -> None:
+    total = sum(piece.size.steps for piece in pieces)
+    done = sum(len(piece.training) for piece in pieces)
+    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.02) as bar:
 
-
-def low_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def train(variants: list[Variant], training_RL: Tensor, held_out: list[Packed], size: Size, steps: int, seed: int) -> None:
-    device = held_out[0].tokens_T.device
-    every = max(1, steps // size.validations)
-    source = batches(training_RL, size.rows, seed)
-    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
-        for step in range(steps):
-            batch = pack(next(source), device)
-            for variant in variants:
-                variant.step(batch, learning_rate(step, steps, size.peak_lr))
-            if (step + 1) % every == 0 or step + 1 == steps:
-                for variant in variants:
-                    variant.validate(held_out)
-            losses = ", ".join(f"{v.name} {statistics.fmean(v.training[-20:]):.3f}" for v in variants)
-            rate = len(variants) * size.rows * size.length / sum(v.seconds[-1] for v in variants)
-            bar.set_postfix_str(f"training nats/byte {losses}; {rate:,.0f} tokens/s", refresh=False)
+        def watch(piece: Piece, speed: float) -> None:
+            loss = statistics.fmean(piece.training[-20:])
+            bar.set_postfix_str(f"{piece.folder.name} {loss:.3f} nats/token, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
-
-def save(stem: Path, variants: list[Variant], record: dict[str, Any], source: dict[str, str]) -> None:
-    config = record["config"]
-    title = f"{config['text']}: causal against StableMask, gamma {config['gamma']}, seed {config['seed']}"
-    draw(variants, stem.with_name(stem.name + ".png"), title)
-    rows = [(name, f"{result['val_loss']:.4f}", f"{result['tokens_per_s']:,.0f}") for name, result in record["variants"].items()]
-    table = report.markdown_table(("variant", "validation loss (nats a byte)", "tokens/s (median step)"), rows)
-    settings = ", ".join(f"{key} {value}" for key, value in config.items())
-    notes = f"![losses]({stem.name}.png)\n\nOne seed, so a difference of a few hundredths is noise. {settings}."
-    report.write(stem, f"A first training: {title}", source, table, notes, record)
-
-
-def draw(variants: list[Variant], path: Path, title: str) -> None:
-    """Left: both losses over the steps. Right: what the eye cannot see there, the difference on the validation text."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for variant, color, dash in zip(variants, ("tab:gray", "tab:blue"), ("--", "-"), strict=True):
-        window = max(1, len(variant.training) // 40)
-        blocks = torch.tensor(variant.training).unfold(0, window, window).mean(1)
-        left.plot([(i + 1) * window for i in range(len(blocks))], blocks, dash, color=color, alpha=0.5, linewidth=1)
-        left.plot(*zip(*variant.validation, strict=True), dash, color=color, marker="o", markersize=4, label=variant.name)
-    top = 1.4 * max(loss for variant in variants for _, loss in variant.validation)
-    bottom = 0.9 * min(variant.validation[-1][1] for variant in variants)
-    left.set(xlabel="training steps", ylabel="loss (nats a byte)", ylim=(bottom, top))
-    left.legend(title="validation (training: thin)")
-    causal, other = (dict(variant.validation) for variant in variants)
-    right.plot(list(causal), [other[step] - causal[step] for step in causal], color="tab:blue", marker="o", markersize=4)
-    right.axhline(0, color="tab:gray", linestyle="--")
-    right.set(xlabel="training steps", ylabel="nats a byte")
-    right.set_title("validation: stablemask minus causal", fontsize=10)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def read_gamma(text: str, heads: int, device: torch.device) -> float | Tensor:
-    if text == "headwise":
-        return headwise_gamma(heads).to(device)
-    try:
-        gamma = float(text)
-        stablemask(gamma)
-    except ValueError:
-        raise ValueError(f"--gamma must be headwise or a number >= 0, got {text}") from None
-    return gamma
-
-
-def read_rows(text: Text, size: Size) -> tuple[Tensor, Tensor]:
-    """Rows of the training text, and validation_rows of the other, evenly spread over it."""
-    training_RL, validation_RL = (cut_rows(documents, size.length) for documents in (text.training, text.validation))
-    if len(training_RL) < size.rows or len(validation_RL) < 1:
-        raise ValueError(
-            f"--text: {text.name} is too short: a batch takes {size.rows} rows of {size.length} bytes to train on and 1 to "
-            f"validate on, got {len(training_RL)} and {len(validation_RL)}"
-        )
-    chosen = torch.linspace(0, len(validation_RL) - 1, min(size.validation_rows, len(validation_RL))).long()
-    return training_RL, validation_RL[chosen]
+        for piece in pieces:
+            train(piece, watch)
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> None:
-    argv, size = sys.argv[1:] if argv is None else argv, size or Size()
-    parser = report.Parser(prog="python -m benchmarks.lm", description="Train a small decoder: causal against StableMask.")
-    parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=3200, help="steps of each variant (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default %(default)s)")
-    parser.add_argument("--gamma", default="headwise", help="headwise, or a number for every head (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = pick_device()
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args = parse(argv)
+    size, device = size or PRESETS[args.preset], pick_device()
     try:
-        report.at_least("--steps", args.steps, 1)
-        if not 0 <= args.seed < 2**63:
-            raise ValueError(f"--seed must be in [0, 2**63), got {args.seed}")
-        gamma = read_gamma(args.gamma, size.heads, device)
-        text = read_text(args.text)
-        training_RL, validation_RL = read_rows(text, size)
-        stem = report.result_stem(report.out_folder(args.out), "lm", device)
+        report.at_least("--seeds", args.seeds, 1)
+        if args.steps is not None:
+            report.at_least("--steps", args.steps, 1)
+            size = replace(size, steps=args.steps, warmup=max(1, round(size.warmup * args.steps / size.steps)))
+        for name in [] if args.variants == "all" else args.variants.split(","):
+            named(name)
+        corpus = tokenise(read_dataset(args.dataset) if args.dataset else read_text(args.text), size.vocab)
+        rows_for(corpus, size)
+        pieces = pieces_of(args, size, corpus, device)
+        if args.finished and not any(piece.done for piece in pieces):
+            raise ValueError(f"--finished: no piece of this run is finished in {pieces[0].folder.parent}")
+        what = "lm" if args.preset == "tiny" and args.position == "rope" else f"lm-{args.preset}-{args.position}"
+        stem = report.result_stem(report.out_folder(args.out), what.lower(), device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    held_out = [pack(rows_RL, device) for rows_RL in validation_RL.split(16)]
-    variants = [
-        new_variant("causal", math.inf, size, args.seed, device),
-        new_variant("stablemask", gamma, size, args.seed, device),
-    ]
-    config = {
-        **asdict(size), "steps": args.steps, "seed": args.seed, "gamma": args.gamma, "text": text.name,
-        "training_documents": len(text.training), "training_bytes": sum(map(len, text.training)),
-        "validation_documents": len(text.validation), "validation_bytes": sum(map(len, text.validation)),
-        "parameters": sum(p.numel() for p in variants[0].model.parameters()),
-    }  # fmt: skip
     print(
-        f"{text.name}: {len(text.training)} documents, {config['training_bytes']:,} bytes; "
-        f"validation: {len(text.validation)} documents, {config['validation_bytes']:,} bytes"
+        f"{corpus.name}: {corpus.documents[0]} documents, {corpus.text_bytes[0]:,} bytes, {len(corpus.training):,} tokens; "
+        f"validation: {corpus.documents[1]} documents, {corpus.text_bytes[1]:,} bytes\n"
+        f"{args.preset}: {parameters(size):,} parameters, {size.steps * size.rows * size.length:,} tokens a piece"
     )
-    train(variants, training_RL, held_out, size, args.steps, args.seed)
-    tokens = size.rows * size.length
-    measured = {
-        v.name: {"val_loss": v.validation[-1][1], "tokens_per_s": tokens / statistics.median(v.seconds)} for v in variants
-    }
-    for name, result in measured.items():
-        print(f"{name:12s} validation {result['val_loss']:.4f} nats a byte   {result['tokens_per_s']:>9,.0f} tokens/s")
-    print("One seed: a difference of a few hundredths of a nat is noise.")
-    record = {"benchmark": "lm", "variants": measured, "config": config}
-    save(stem, variants, record, report.environment(shlex.join(["python", "-m", "benchmarks.lm", *argv]), device))
-    print(f"wrote {stem}.png, .md and .json")
-    print(json.dumps(record))
+    if not args.finished:
+        train_all(pieces)
+    pieces = [piece for piece in pieces if piece.done]
+    measured = [measure(piece) for piece in tqdm(pieces, unit="piece", desc="measuring", dynamic_ncols=True)]
+    record = record_of(pieces, measured, args.preset)
+    source = report.environment(shlex.join(["python", "-m", "benchmarks.lm", *argv]), device)
+    figures = [path.name for path in lm_figures.draw(record, stem)]
+    title = f"StableMask and its rivals on {corpus.name}, {args.preset}, {args.position}"
+    report.write(stem, title, source, tables(record), notes(record, figures), record)
+    print(tables(record))
+    print(f"wrote {stem}.md and .json, {', '.join(figures)}")
+    print(json.dumps({"benchmark": "lm", "variants": {name: v["loss"] for name, v in record["variants"].items()}}))
 
 
 if __name__ == "__main__":

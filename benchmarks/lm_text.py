@@ -1,7 +1,7 @@
-"""Text for benchmarks.lm: files become documents, documents become rows, rows become packed batches.
+"""Text for the benchmarks that train: files become documents, documents become rows, rows become packed batches.
 
-Each document is a separator and then its bytes; documents are laid one after another, and the line is cut into rows of N
-tokens, N being the training length that StableMask asks for:
+Each document is a separator and then its bytes (or the tokens of lm_tokens.py); documents are laid one after another, and
+the line is cut into rows of N tokens, N being the training length that StableMask asks for:
 
     row 0       <sep> i m p o r t     the first N = 7 tokens of a document
     row 1       _ o s <sep> d e f     its last three bytes, and the next document
@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BYTES, SEPARATOR = 256, 256
+BYTES, SEPARATOR = 256, 256  # of text that is read byte by byte
+IGNORED = -100  # cross_entropy's own
 # Not text that anybody wrote by hand, or not part of every installation.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "__pycache__"}
 VALIDATION_PART = 10  # one file in ten
@@ -69,13 +70,18 @@ def read_text(path: Path | None) -> Text:
 
 
 def cut_rows(documents: list[bytes], length: int) -> Tensor:
-    """(R, N + 1) int16: rows of N tokens of the documents laid one after another, each with the token that follows it."""
+    """(R, N + 1) int16: rows of N bytes of the documents laid one after another, each with the byte that follows it."""
     # A separator has no byte of its own: hold a place for it, and name it once bytes have become integers.
     line = b"".join(b"\0" + document for document in documents)
     lengths = torch.tensor([1 + len(document) for document in documents])
     tokens = torch.frombuffer(bytearray(line), dtype=torch.uint8).to(torch.int16)
     tokens[lengths.cumsum(0) - lengths] = SEPARATOR
-    return tokens.unfold(0, length + 1, length) if len(tokens) > length else tokens.new_empty(0, length + 1)
+    return rows_of(tokens, length)
+
+
+def rows_of(line: Tensor, length: int) -> Tensor:
+    """(R, N + 1): rows of N tokens of a line, each with the token that follows it; a view."""
+    return line.unfold(0, length + 1, length) if len(line) > length else line.new_empty(0, length + 1)
 
 
 def _is_hidden(path: Path) -> bool:
@@ -92,21 +98,32 @@ def _is_utf8(content: bytes) -> bool:
 
 class Packed(NamedTuple):
     tokens_T: Tensor
-    targets_T: Tensor
+    targets_T: Tensor  # IGNORED where there is nothing to predict
     positions_T: Tensor  # in its own document
     cu_seqlens: Tensor  # (documents + 1,) the first token of each document, and T
+    rows: int  # of T / rows tokens each
 
 
-def pack(rows_RL: Tensor, device: torch.device) -> Packed:
-    """Rows flattened into one batch. A document starts at each separator and, as a piece by itself, at each row."""
+def pack(rows_RL: Tensor, device: torch.device, separator: int = SEPARATOR, lead: int | None = None) -> Packed:
+    """Rows flattened into one batch. A document starts at each separator and, as a piece by itself, at each row.
+
+    lead: a token that is put before each row, in the same piece as what the row begins with; it predicts nothing.
+    """
     rows_RL = rows_RL.to(device, torch.int64)
-    tokens_T, targets_T = rows_RL[:, :-1].flatten(), rows_RL[:, 1:].flatten()
-    starts_T = tokens_T == SEPARATOR
-    starts_T[:: rows_RL.shape[1] - 1] = True
+    starts_RT = rows_RL[:, :-1] == separator
+    starts_RT[:, 0] = True
+    if lead is not None:
+        rows_RL = torch.nn.functional.pad(rows_RL, (1, 0), value=lead)
+        starts_RT[:, 0] = False
+        starts_RT = torch.nn.functional.pad(starts_RT, (1, 0), value=True)
+    targets_RT = rows_RL[:, 1:].masked_fill(rows_RL[:, 1:] == separator, IGNORED)
+    if lead is not None:
+        targets_RT[:, 0] = IGNORED
+    tokens_T, starts_T = rows_RL[:, :-1].flatten(), starts_RT.flatten()
     index_T = torch.arange(len(tokens_T), device=device)
     positions_T = index_T - torch.where(starts_T, index_T, 0).cummax(0).values
     cu_seqlens = torch.cat([index_T[starts_T], index_T.new_tensor([len(tokens_T)])]).to(torch.int32)
-    return Packed(tokens_T, targets_T, positions_T, cu_seqlens)
+    return Packed(tokens_T, targets_RT.flatten(), positions_T, cu_seqlens, len(rows_RL))
 
 
 def batches(rows_RL: Tensor, per_batch: int, seed: int) -> Iterator[Tensor]:

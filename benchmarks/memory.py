@@ -104,13 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=32768, help="S (default %(default)s)")
     parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
     args = parser.parse_args(argv)
-    device = torch.device("cpu")
     try:
         report.at_least("--length", args.length, 64)
-        stem = report.result_stem(report.out_folder(args.out), "memory")
+        stem = report.result_stem(report.out_folder(args.out), "memory", torch.device("cpu"))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.memory", *argv]))
+    source = report.environment(shlex.join(["python", "-m", "benchmarks.memory", *argv]), torch.device("cpu"))
     found = memory_of_every_way(args.length)
     rows = [
         (name, f"{x['bytes'] / 2**20:.1f}", f"{x['ratio']:.3f}", "met" if x["ratio"] <= TARGET else "missed")

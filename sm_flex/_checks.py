@@ -67,6 +67,23 @@ def check_gamma(gamma: Any) -> Tensor:
     return torch.tensor(float(gamma), dtype=torch.float64)
 
 
+def check_sink(sink: Any) -> Tensor:
+    """sink as a tensor: a number becomes 0-d float64."""
+    if isinstance(sink, Tensor):
+        if not sink.is_floating_point():
+            raise TypeError(f"sink must be a floating tensor, got dtype {sink.dtype}")
+        if sink.dim() > 3:
+            raise ValueError(f"sink must be 0-d, (H,), or broadcastable to (B, H, S), got shape {tuple(sink.shape)}")
+        if readable(sink) and not bool((sink < torch.inf).all()):
+            raise ValueError("sink must be below inf and not NaN: it is the log of a mass")
+        return sink
+    if isinstance(sink, bool) or not isinstance(sink, (int, float)):
+        raise TypeError(f"sink must be a number or a floating tensor, got {type(sink).__name__}")
+    if not sink < float("inf"):
+        raise ValueError(f"sink must be a number below inf, got {sink}")
+    return torch.tensor(float(sink), dtype=torch.float64)
+
+
 def check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an int, the training length, got {type(length).__name__}")
@@ -75,12 +92,16 @@ def check_length(length: Any) -> None:
 
 
 def check_positions(positions: Any) -> None:
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be an integer tensor such as torch.tensor([5]), got {type(positions).__name__}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"positions must be an integer tensor, int32 or int64, got dtype {positions.dtype}")
+    check_integers(positions, "positions")
     if positions.dim() not in (1, 2):
         raise ValueError(f"positions must be (S,) or (B, S), got shape {tuple(positions.shape)}")
+
+
+def check_integers(positions: Any, name: str) -> None:
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{name} must be an integer tensor such as torch.tensor([5]), got {type(positions).__name__}")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an integer tensor, int32 or int64, got dtype {positions.dtype}")
 
 
 def check_position_values(positions: Tensor) -> None:
@@ -97,6 +118,8 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
         )
     if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
+    if mask.sink is not None:
+        _check_sink_fits(mask.sink, batch, heads, num_queries, device)
     if positions is None:
         if num_queries != num_keys:
             raise ValueError(
@@ -104,12 +127,25 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
                 "pass stablemask(..., positions=..., length=...)"
             )
         return
-    if positions.device != device:
-        raise ValueError(f"positions must be on the device of query, {device}, got {positions.device}")
-    expected = (num_queries,) if positions.dim() == 1 else (batch, num_queries)
-    if tuple(positions.shape) != expected:
-        raise ValueError(f"positions must be ({num_queries},) or ({batch}, {num_queries}), got {tuple(positions.shape)}")
+    check_positions_fit(positions, batch, num_queries, device)
     check_position_values(positions)
+
+
+def _check_sink_fits(sink: Tensor, batch: int, heads: int, num_queries: int, device: torch.device) -> None:
+    if sink.device != device and not (sink.dim() == 0 and sink.device.type == "cpu"):
+        raise ValueError(f"sink must be on the device of query, {device}, got {sink.device}: use sink.to({str(device)!r})")
+    if sink.dim() == 1 and sink.shape[0] != heads:
+        raise ValueError(f"sink must have one value for each of the {heads} query heads, got {sink.shape[0]}")
+    full = (batch, heads, num_queries)
+    if sink.dim() > 1 and not all(a in (1, b) for a, b in zip(reversed(sink.shape), reversed(full), strict=False)):
+        raise ValueError(f"sink must be broadcastable to (B, H, S) = {full}, got {tuple(sink.shape)}")
+
+
+def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:
+    if positions.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {positions.device}")
+    if tuple(positions.shape) not in ((count,), (batch, count)):
+        raise ValueError(f"{name} must be ({count},) or ({batch}, {count}), got {tuple(positions.shape)}")
 
 
 def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -> None:
@@ -148,7 +184,21 @@ def check_scale(scale: Any) -> None:
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
 
 
-def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
+def check_visible(visible: Any, query: Tensor, key: Tensor) -> None:
+    if isinstance(visible, BlockMask):
+        check_block_mask(visible, query, key, "visible")
+    elif not isinstance(visible, Tensor):
+        raise TypeError(f"visible must be a boolean tensor, a BlockMask or None, got {type(visible).__name__}")
+    elif visible.dtype != torch.bool:
+        raise TypeError(
+            f"visible must be a boolean tensor, a BlockMask or None, got dtype {visible.dtype}: what is added to the scores "
+            "is an inner score_mod, stablemask(..., score_mod=...)"
+        )
+    else:
+        check_attn_mask(visible, query, key, "visible")
+
+
+def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor, name: str = "attn_mask") -> None:
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
@@ -156,12 +206,12 @@ def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
         raise ValueError(f"attn_mask must be boolean or of query's dtype, {query.dtype}, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+        raise ValueError(f"{name} must be on the device of query, {query.device}, got {attn_mask.device}")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     fits = 1 <= attn_mask.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(attn_mask.shape), reversed(full), strict=False))
     if not fits:
         way_out = ": a (B, T) padding mask goes in as mask[:, None, None, :]" if attn_mask.dim() == 2 else ""
-        raise ValueError(f"attn_mask must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}{way_out}")
+        raise ValueError(f"{name} must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}{way_out}")
 
 
 def check_dropout(dropout_p: Any) -> None:
@@ -171,20 +221,20 @@ def check_dropout(dropout_p: Any) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
+def check_block_mask(block_mask: Any, query: Tensor, key: Tensor, name: str = "block_mask") -> None:
     """A BlockMask against (B, H, S, D) query and key."""
     if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}")
+        raise TypeError(f"{name} must be a BlockMask or None, got {type(block_mask).__name__}")
     if block_mask.kv_num_blocks.device != query.device:
-        raise ValueError(f"block_mask must be on the device of query, {query.device}, got {block_mask.kv_num_blocks.device}")
+        raise ValueError(f"{name} must be on the device of query, {query.device}, got {block_mask.kv_num_blocks.device}")
     expected, shape = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
     if shape[0] != expected[0] or shape[1] != expected[1]:
         raise ValueError(
-            f"block_mask must be for (S, T) = {expected}, got {shape}: build it with create_block_mask for these lengths"
+            f"{name} must be for (S, T) = {expected}, got {shape}: build it with create_block_mask for these lengths"
         )
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     if batch not in (1, query.shape[0]) or heads not in (1, query.shape[1]):
-        raise ValueError(f"block_mask must be for (1|B, 1|H) of {tuple(query.shape[:2])}, got {(batch, heads)}")
+        raise ValueError(f"{name} must be for (1|B, 1|H) of {tuple(query.shape[:2])}, got {(batch, heads)}")
 
 
 def check_varlen(
@@ -203,7 +253,7 @@ def check_varlen(
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
             raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, mask.gamma)):
+    if torch.is_grad_enabled() and _learns(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:
                 raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
@@ -222,13 +272,26 @@ def check_varlen(
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         if cu is None and name == "cu_seq_k" and paged:
             continue
-        if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
-            raise TypeError(f"{name} must be an int32 tensor, got {cu.dtype if isinstance(cu, Tensor) else type(cu).__name__}")
-        if cu.dim() != 1 or cu.shape[0] < 2:
-            raise ValueError(f"{name} must be (documents + 1,), got shape {tuple(cu.shape)}")
-        if cu.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {cu.device}")
+        check_cu_seqlens(name, cu, query.device)
     _check_documents(query, key, cu_q, cu_k, mask, paged)
+
+
+def _learns(*inputs: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs)
+
+
+def check_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
+    if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor, got {cu.dtype if isinstance(cu, Tensor) else type(cu).__name__}")
+    if cu.dim() != 1 or cu.shape[0] < 2:
+        raise ValueError(f"{name} must be (documents + 1,), got shape {tuple(cu.shape)}")
+    if cu.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {cu.device}")
+
+
+def check_cu_values(name: str, cu: Tensor, total: int) -> None:
+    if readable(cu) and (cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any())):
+        raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {cu.tolist()}")
 
 
 def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: Any, paged: dict[str, Any]) -> None:
@@ -244,10 +307,7 @@ def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | No
     if cu_k.shape != cu_q.shape:
         raise ValueError(f"cu_seq_k must have the documents of cu_seq_q, {cu_q.shape[0] - 1}, got {cu_k.shape[0] - 1}")
     for name, cu, total in (("cu_seq_q", cu_q, num_queries), ("cu_seq_k", cu_k, key.shape[0])):
-        if not readable(cu):
-            continue
-        if cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
-            raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {cu.tolist()}")
+        check_cu_values(name, cu, total)
     if mask.positions is None and cu_k is not cu_q and readable(cu_q) and not torch.equal(cu_q, cu_k):
         raise ValueError(
             "positions are required where a document's query and key lengths differ: "

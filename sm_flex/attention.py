@@ -126,6 +126,8 @@ def flex_attention(
     options: dict[str, Any] = dict(kernel_options or {})
     backend = options.pop("BACKEND", "AUTO")
     max_scores = return_aux is not None and return_aux.max_scores
+    if max_scores and score_mod.sink is not None:
+        raise NotImplementedError("max_scores is not known of a StableMask with a sink, which may be many scores: leave it out")
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     if backend in rule.FLEX_BACKENDS:
         options["BACKEND"] = backend

@@ -39,7 +39,7 @@ def attend(
     """out' (B, H, S, Dv), lse' (B, H, S) if wanted, and the row maxima if wanted; attn_mask has four dimensions."""
     _checks.check_scale(scale)
     _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    scale = _scale(scale, q.shape[-1])
+    scale = score_scale(scale, q.shape[-1])
     need = rule.Need(
         score_mod=mask.score_mod is not None,
         block_mask=block_mask is not None,
@@ -48,7 +48,7 @@ def attend(
         lse_grad=want_lse and torch.is_grad_enabled(),
     )
     mass = mask.mass(q.device, q.shape[2], k.shape[2])
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         engine = rule.choose(q, k, v, attn_mask, need, backend)
         if engine == "flex":
             return flex.attend(
@@ -104,7 +104,10 @@ def _in_row_blocks(
             part = attn_mask[..., :keys] if attn_mask.shape[-1] > 1 else attn_mask
             part = part[..., start:end, :] if part.shape[-2] > 1 else part
             bias = torch.where(part, bias, -math.inf) if part.dtype == torch.bool else bias + part
-        rows = mass._replace(positions=mass.positions[..., start:end], num_queries=end - start)
+        sink = mass.sink
+        if sink is not None and sink.dim() > 1 and sink.shape[-1] > 1:
+            sink = sink[..., start:end]
+        rows = mass._replace(positions=mass.positions[..., start:end], num_queries=end - start, sink=sink)
         block, block_scale = _positive_scale("cpu", q_block, scale)
         out, lse = identity.attend(
             "cpu", block, k[:, :, :keys], v[:, :, :keys], bias, rows, Settings(False, block_scale), want_lse=want_lse
@@ -127,15 +130,11 @@ def _dense(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if block_mask is not None:
-        rows = visibility.block_mask_rows(block_mask, num_queries, num_keys, q.shape[1], q.shape[0])
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        rows = visibility.bool_mask_rows(attn_mask, num_queries, num_keys)
-    else:
-        rows = visibility.causal_rows(num_queries, num_keys, q.device)
     bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
+    seen = block_mask if block_mask is not None else attn_mask if bias is None else None
+    rows = visibility.visible_rows(seen, q.shape[0], q.shape[1], num_queries, num_keys, q.device)
     return dense.attend(
-        q, k, v, mass.shared_table(_wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p
+        q, k, v, mass.shared_table(wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p
     )
 
 
@@ -156,10 +155,10 @@ def attend_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents."""
     _checks.check_scale(scale)
-    scale = _scale(scale, q.shape[-1])
+    scale = score_scale(scale, q.shape[-1])
     mass = mask.mass(q.device, q.shape[0], k.shape[0], cu_q if mask.positions is None else None)
     settings = Settings(True, scale, 0.0, cu_q is not cu_k, window, max_q, max_k)
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         if paged:
             call = Call(q, k, v, None, cu_q, cu_k, settings)
             out, lse, _ = varlen.forward(call, **paged)
@@ -169,13 +168,13 @@ def attend_packed(
         if engine == "dense":
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
             q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
-            return dense.attend(q, k, v, mass.shared_table(_wide(q)), rows, scale=scale, aligned=False)
+            return dense.attend(q, k, v, mass.shared_table(wide(q)), rows, scale=scale, aligned=False)
         q, scale = _positive_scale(engine, q, scale)
         settings = settings._replace(scale=scale)
         return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)
 
 
-def _scale(scale: float | None, dim: int) -> float:
+def score_scale(scale: float | None, dim: int) -> float:
     """The scale of the scores; a head dim of 0 has none."""
     if scale is not None:
         return float(scale)
@@ -187,7 +186,8 @@ def _positive_scale(engine: str, q: Tensor, scale: float) -> tuple[Tensor, float
     return (q * scale, 1.0) if engine in ("cpu", "varlen_cpu") and scale <= 0 else (q, scale)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """What scores, log M and lse are held in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -207,6 +207,6 @@ def autocast(query: Any, *others: Any) -> list[Any]:
     return [x.to(dtype) if casts(x) else x for x in (query, *others)]
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager:
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """The engines choose their own precision: nothing inside them may be cast."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()

@@ -47,11 +47,10 @@ def attend(
     cu_k: Tensor | None = None,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the ENGINES; differentiable in q, k, v, bias and gamma."""
+    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the ENGINES; differentiable in q, k, v, bias, gamma and sink."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    learned = torch.is_grad_enabled() and mass.gamma.requires_grad
-    # The kernel works log M out by itself; elsewhere, and where log M has a gradient, it is a small table.
-    table = mass.shared_table(wide) if learned or not q.is_cuda else None
+    # The kernel works log M out by itself; elsewhere, with a sink, and where log M has a gradient, it is a small table.
+    table = mass.shared_table(wide) if mass.learned or mass.sink is not None or not q.is_cuda else None
     if plain_eager() and not _differentiable(q, k, v, bias, table):
         # In a decode step the Function alone would cost more than the attention.
         call = Call(q, k, v, bias, cu_q, cu_k, settings)

@@ -32,7 +32,8 @@ class Mass(NamedTuple):
     """What log M of a call depends on.
 
     gamma (0-d or (H,), on the call's device); positions (S,) or (B, S), or None for 0..S-1, or, for rows packed after one
-    another, cu_seqlens with each document's first row; length N.
+    another, cu_seqlens with each document's first row; length N; and the log of what is added to the mass of gamma, sink
+    (0-d, (H,), or broadcastable to (B, H, S)).
     """
 
     gamma: Tensor
@@ -40,6 +41,13 @@ class Mass(NamedTuple):
     cu_seqlens: Tensor | None
     length: int
     num_queries: int
+    sink: Tensor | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether log M gets a gradient."""
+        inputs = (self.gamma, self.sink)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """log M, (1, S) or (H, S); (B, 1, S) or (B, H, S) where positions are (B, S)."""
@@ -53,7 +61,11 @@ class Mass(NamedTuple):
         gamma = self.gamma.to(precise).reshape(-1, 1)
         if positions.dim() == 2:
             positions = positions.unsqueeze(1)
-        return _closed_form(gamma, positions, self.length).to(dtype)
+        log_m = _closed_form(gamma, positions, self.length)
+        if self.sink is not None:
+            sink = self.sink.to(precise)
+            log_m = _log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
+        return log_m.to(dtype)
 
     def shared_table(self, dtype: torch.dtype) -> Tensor:
         """table(dtype), which nobody may write to: on a CPU one of the last few is found again, not computed again.
@@ -61,18 +73,12 @@ class Mass(NamedTuple):
         The layers of a model, and its training steps, ask for the same table; computing it takes longer than the rest of a
         short call. It is found by value, so that a gamma or positions changed in place are never missed.
         """
-        inputs = (self.gamma, self.positions, self.cu_seqlens)
-        learned = self.gamma.requires_grad and torch.is_grad_enabled()
-        if (
-            not learned
-            and torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
-            and self.gamma.device.type == "cpu"
-        ):
-            precise = dtype == torch.float64
-            return torch.ops.sm_flex.log_mass_table(*inputs, self.length, self.num_queries, precise)
+        inputs = (self.gamma, self.positions, self.cu_seqlens, self.sink)
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and not self.learned and self.gamma.device.type == "cpu":
+            return torch.ops.sm_flex.log_mass_table(*inputs, self.length, self.num_queries, dtype == torch.float64)
         # A trace would keep the table as a constant, and selective checkpointing counts on the same operations each time.
-        if learned or not plain_eager() or not all(x is None or readable(x) for x in inputs):
+        if self.learned or not plain_eager() or not all(x is None or readable(x) for x in inputs):
             return self.table(dtype)
         key = (dtype, self.length, self.num_queries)
         for known in tuple(_TABLES):  # other threads append
@@ -88,19 +94,35 @@ class Mass(NamedTuple):
 
 @torch.library.custom_op("sm_flex::log_mass_table", mutates_args={}, device_types="cpu")
 def _log_mass_table(
-    gamma: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, length: int, num_queries: int, precise: bool
+    gamma: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sink: Tensor | None,
+    length: int,
+    num_queries: int,
+    precise: bool,
 ) -> Tensor:
     """shared_table() in compiled code, which would compute its logarithms anew in each call, one number at a time."""
     dtype = torch.float64 if precise else torch.float32
     # A copy: compiled code may write to what an op returns.
-    return Mass(gamma, positions, cu_seqlens, length, num_queries).shared_table(dtype).clone()
+    return Mass(gamma, positions, cu_seqlens, length, num_queries, sink).shared_table(dtype).clone()
 
 
 @_log_mass_table.register_fake
-def _(gamma: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, length: int, num_queries: int, precise: bool) -> Tensor:
+def _(
+    gamma: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sink: Tensor | None,
+    length: int,
+    num_queries: int,
+    precise: bool,
+) -> Tensor:
     rows = (num_queries,) if positions is None else positions.shape
-    heads = 1 if gamma.dim() == 0 else gamma.shape[0]
-    return gamma.new_empty((*rows[:-1], heads, rows[-1]), dtype=torch.float64 if precise else torch.float32)
+    shape = (*rows[:-1], 1 if gamma.dim() == 0 else gamma.shape[0], rows[-1])
+    if sink is not None:
+        shape = torch.broadcast_shapes(shape, (sink.numel(), 1) if sink.dim() < 2 else sink.shape)
+    return gamma.new_empty(shape, dtype=torch.float64 if precise else torch.float32)
 
 
 class _Known(NamedTuple):
@@ -195,6 +217,12 @@ def _closed_form(gamma: Tensor, positions: Tensor, length: int) -> Tensor:
     gamma = torch.where(gamma >= HUGE, 1.0, gamma)
     log_m = -(positions + 1) * gamma + n.log() + _log_ratio(n * gamma) - _log_ratio(gamma)
     return torch.where(empty, -math.inf, log_m)
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b), whose gradient is 0, not NaN, where both are -inf."""
+    gone = torch.isneginf(a) & torch.isneginf(b)
+    return torch.logaddexp(a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)).masked_fill(gone, -math.inf)
 
 
 def _log_ratio(x: Tensor) -> Tensor:

@@ -103,6 +103,8 @@ def epilogue(
     in_place lets it write into out, where that is safe: never under a dispatch mode, which may have kept out for itself
     (an eager selective checkpoint does). lse' is always a new tensor.
     """
+    if isinstance(mass, Mass) and mass.sink is not None:
+        mass = mass.table(lse.dtype)
     in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
     if remask_kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
         return remask_kernel.launch(out, lse, mass, in_place=in_place)

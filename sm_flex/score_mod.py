@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import check_gamma, check_length, check_positions
+from sm_flex._checks import check_gamma, check_length, check_positions, check_sink
 from sm_flex.mass import Mass
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -18,14 +18,15 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class StableMask:
     """A request for StableMask attention: make it with :func:`stablemask`, give it to a drop-in as ``score_mod``.
 
-    gamma, length, positions and score_mod are what stablemask() was given; gamma is always a tensor.
+    gamma, length, positions, score_mod and sink are what stablemask() was given; gamma, and a sink, are always tensors.
     """
 
     gamma: Tensor
     length: int | None
     positions: Tensor | None
     score_mod: ScoreMod | None
-    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    sink: Tensor | None = None
+    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         raise TypeError(
@@ -42,10 +43,12 @@ class StableMask:
         gamma as a tensor on that GPU.
 
         Raises:
-            ValueError: length or positions were given; eq. 8 knows neither.
+            ValueError: length, positions or a sink were given; eq. 8 knows none of them.
         """
-        if self.length is not None or self.positions is not None:
-            raise ValueError("presoftmax is eq. 8 of the whole sequence: build the StableMask without length and positions")
+        if self.length is not None or self.positions is not None or self.sink is not None:
+            raise ValueError(
+                "presoftmax is eq. 8 of the whole sequence: build the StableMask without length and positions, or sink"
+            )
         real = score if self.score_mod is None else self.score_mod(score, b, h, q_idx, kv_idx)
         gamma = self.gamma if self.gamma.dim() == 0 else self.gamma[h]
         return torch.where(q_idx >= kv_idx, real, (-kv_idx * gamma).to(score.dtype))
@@ -53,21 +56,22 @@ class StableMask:
     def mass(self, device: torch.device, num_queries: int, num_keys: int, cu_seqlens: Tensor | None = None) -> Mass:
         """What log M of a call depends on: S queries, T keys (N where no length was given), documents packed or not."""
         length = num_keys if self.length is None else self.length
-        return Mass(self._gamma_on(device), self.positions, cu_seqlens, length, num_queries)
+        sink = None if self.sink is None else self._on(device, "sink", self.sink)
+        return Mass(self._on(device, "gamma", self.gamma), self.positions, cu_seqlens, length, num_queries, sink)
 
-    def _gamma_on(self, device: torch.device) -> Tensor:
-        """gamma on the device of the call; a number is copied there once, so that later calls copy nothing."""
-        if self.gamma.device == device:
-            return self.gamma
-        if torch.compiler.is_compiling() or self.gamma.requires_grad or _get_current_dispatch_mode() is not None:
-            return _copy(self.gamma, device)
-        if device not in self._copies:
+    def _on(self, device: torch.device, name: str, x: Tensor) -> Tensor:
+        """gamma or sink on the device of the call; a number is copied there once, so that later calls copy nothing."""
+        if x.device == device:
+            return x
+        if torch.compiler.is_compiling() or x.requires_grad or _get_current_dispatch_mode() is not None:
+            return _copy(x, device)
+        if (name, device) not in self._copies:
             with torch.inference_mode(False):
-                self._copies[device] = _copy(self.gamma, device)
-        return self._copies[device]
+                self._copies[name, device] = _copy(x, device)
+        return self._copies[name, device]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StableMask, (self.gamma, self.length, self.positions, self.score_mod)
+        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.sink)
 
 
 def stablemask(
@@ -76,6 +80,7 @@ def stablemask(
     length: int | None = None,
     positions: Tensor | None = None,
     score_mod: ScoreMod | None = None,
+    sink: float | Tensor | None = None,
 ) -> StableMask:
     """StableMask (Yin et al., ICML 2024) as a score_mod for sm_flex's drop-ins.
 
@@ -92,6 +97,9 @@ def stablemask(
         positions: (S,) or (B, S) integers ((T_q,) for varlen_attn), the position of each query in its own sequence. None
             means 0..S-1, and query and key lengths must then be equal. Positions feed the mass and nothing else.
         score_mod: an ordinary score_mod (ALiBi, soft-capping) that acts on the real scores first.
+        sink: one more pseudo score a row, or the log-sum-exp of several: log M becomes log(e^log M + e^sink). A number, or a
+            floating tensor: 0-d, (H,) with one a query head (gpt-oss's learned sinks, with gamma = inf for those alone), or
+            broadcastable to (B, H, S) ((H, T_q) for varlen_attn), which is any mass there is. It may require grad.
 
     Returns:
         A StableMask. Calling it, as torch's own flex_attention would, raises.
@@ -119,9 +127,9 @@ def stablemask(
         raise TypeError("score_mod of a StableMask must be an ordinary score_mod, got another StableMask")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod must be callable or None, got {type(score_mod).__name__}")
-    return StableMask(gamma, length, positions, score_mod)
+    return StableMask(gamma, length, positions, score_mod, None if sink is None else check_sink(sink))
 
 
-def _copy(gamma: Tensor, device: torch.device) -> Tensor:
+def _copy(x: Tensor, device: torch.device) -> Tensor:
     # Some devices (MPS) have no float64; log M is float32 there.
-    return gamma.to(device) if device.type in ("cpu", "cuda") else gamma.to(device, torch.float32)
+    return x.to(device) if device.type in ("cpu", "cuda") else x.to(device, torch.float32)

@@ -62,6 +62,15 @@ def dead_rows(bias: Tensor, causal: bool) -> Tensor:
     return torch.cat([rows(start, min(start + step, num_queries)) for start in range(0, num_queries, step)], dim=-1)
 
 
+def visible_rows(
+    mask: Tensor | BlockMask | None, batch: int, num_heads: int, num_queries: int, num_keys: int, device: torch.device
+) -> VisibleRows:
+    """The causal slots, narrowed by a BlockMask or a boolean mask of four dimensions."""
+    if isinstance(mask, BlockMask):
+        return block_mask_rows(mask, num_queries, num_keys, num_heads, batch)
+    return causal_rows(num_queries, num_keys, device) if mask is None else bool_mask_rows(mask, num_queries, num_keys)
+
+
 def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> VisibleRows:
     """(rows, T), True where key j <= i + T - S."""
 

@@ -73,13 +73,14 @@ def test_compiled_code_takes_log_mass_from_the_table(fresh_compiler: None, monke
 
 @pytest.mark.parametrize("positions", [None, torch.arange(9), torch.arange(18).reshape(2, 9)])
 @pytest.mark.parametrize("gamma", [torch.tensor(0.3, dtype=torch.float64), headwise_gamma(4)])
-def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None):
+@pytest.mark.parametrize("sink", [None, torch.tensor(0.2), torch.randn(4), torch.randn(2, 4, 9)])
+def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None, sink: Tensor | None):
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     for precise in (False, True):
         for documents in (None, cu) if positions is None else (None,):
-            args = (gamma, positions, documents, 12, 9, precise)
+            args = (gamma, positions, documents, sink, 12, 9, precise)
             torch.library.opcheck(torch.ops.sm_flex.log_mass_table.default, args)
-            expected = mass.Mass(gamma, positions, documents, 12, 9).table(torch.float64 if precise else torch.float32)
+            expected = mass.Mass(gamma, positions, documents, 12, 9, sink).table(torch.float64 if precise else torch.float32)
             assert torch.equal(torch.ops.sm_flex.log_mass_table(*args), expected)
 
 

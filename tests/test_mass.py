@@ -123,6 +123,20 @@ def test_a_number_is_rounded_once():
     assert not torch.equal(log_mass(0.1, positions, 6000), log_mass(torch.tensor(0.1), positions, 6000))
 
 
+def test_packed_documents_start_again():
+    gamma = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    cu = torch.tensor([0, 3, 3, 10, 11], dtype=torch.int32)
+    packed = Mass(gamma, None, cu, 20, 11).table(torch.float64)
+    alone = [log_mass(gamma, torch.arange(n), 20) for n in (3, 7, 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=0)
+
+
+def test_rates_for_no_head_are_refused():
+    for heads in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1, got {heads}"):
+            headwise_gamma(heads)
+
+
 def test_shapes():
     assert log_mass(0.5, torch.arange(7), 7).shape == (1, 7)
     assert log_mass(torch.rand(3), torch.arange(7), 7).shape == (3, 7)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sm_flex import log_mass, remask
+from sm_flex.remask import log_mass_grad
 from sm_flex.testing import oracle
 
 INF = math.inf
@@ -29,6 +30,19 @@ def test_gradients_in_all_three(shape: tuple[int, ...]):
     mass = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(remask, (out, lse, mass))
     assert torch.autograd.gradgradcheck(remask, (out, lse, mass))
+
+
+@pytest.mark.parametrize("reaches_lse", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 5), (3, 1)])
+def test_the_gradient_of_the_mass_from_what_the_epilogue_returns(shape: tuple[int, ...], reaches_lse: bool):
+    """log_mass_grad sees (out', lse') alone, as a backward that kept nothing else does; remask's own backward sees (out, lse)."""
+    out, lse = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    mass = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    new_out, new_lse = remask(out, lse, mass)
+    grad_out, grad_lse = torch.randn_like(new_out), torch.randn_like(new_lse) if reaches_lse else None
+    loss = (new_out * grad_out).sum() + (0.0 if grad_lse is None else (new_lse * grad_lse).sum())
+    (expected,) = torch.autograd.grad(loss, mass)
+    torch.testing.assert_close(log_mass_grad(grad_out, new_out, new_lse, mass, grad_lse), expected)
 
 
 def test_gradients_where_shares_are_0_or_1():

@@ -33,7 +33,7 @@ def attend(
         kernel_options=kernel_options or None,  # pyright: ignore[reportArgumentType]
         return_aux=AuxRequest(lse=True, max_scores=max_scores),
     )  # fmt: skip
-    if torch.is_grad_enabled() and (out.requires_grad or mass.gamma.requires_grad):
+    if mass.learned or (torch.is_grad_enabled() and out.requires_grad):
         new_out, lse = remask(out, aux.lse, mass.table(torch.float32))
     else:
         new_out, lse = epilogue(out, aux.lse, mass, in_place=True)
