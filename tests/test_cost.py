@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from problems import check, qkv
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.profiler import ProfilerActivity, profile
@@ -62,7 +63,7 @@ def test_a_training_step_adds_nothing_to_the_kernels_backward():
 
 def test_compiled_code_takes_log_mass_from_the_table(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch):
     """Two loops beside the kernel in the forward, for s and lse', and none of them computes logarithms of the mass."""
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(inductor_config, "force_disable_caches", True)
     mask, inputs = stablemask(headwise_gamma(4), length=64), leaves(1, 4, 64, 16)
     run = torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod=mask), fullgraph=True)
     metrics.reset()
@@ -91,8 +92,8 @@ def test_memory_grows_with_the_length_and_not_its_square(way: str):
     for length in (1024, 4096):
         call, inputs = memory.ways(length)[way], leaves(1, 1, length, 32)
         peaks.append(peak_bytes(lambda call=call, x=inputs: call(*x).sum().backward()))
-    inputs = leaves(1, 1, 4096, 32)
-    plain = peak_bytes(lambda: F.scaled_dot_product_attention(*inputs, is_causal=True).sum().backward())
+    q, k, v = leaves(1, 1, 4096, 32)
+    plain = peak_bytes(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
     # A block of rows may be held beside what SDPA holds, whatever the length.
     assert peaks[1] < 1.3 * plain + 2**24
     assert peaks[1] < 5 * peaks[0]
