@@ -32,6 +32,7 @@ from benchmarks.lm_look import (
     draw_whiskers,
     finite,
     look_of,
+    name_beside,
     name_ends,
     points,
     readable,
@@ -74,8 +75,8 @@ def overview(record: dict[str, Any]) -> Figure:
     if watched:
         means = {name: np.mean(variant["first_token_share"]["by_layer"], axis=0) for name, variant in watched.items()}
         share = next(panels)
-        lines[share] = _share(share, watched, "first_token_share", means)
-        share.set(xlabel="position of the query", ylabel="share of its attention")
+        name_beside(share, _share(share, watched, "first_token_share", means))
+        share.set(xlabel="position of the query", ylabel="share of its attention", ylim=(0, None))
         share.set_title("attention to the first token (mean over layers)", fontsize=TITLE)
     if tried:
         longer = next(panels)
@@ -98,17 +99,18 @@ def shares_by_layer(record: dict[str, Any]) -> Figure:
     chosen = np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round().astype(int))
     figure = Figure(figsize=(2.1 * len(chosen) + 1.9, 5.4), layout="constrained")
     grid = figure.subplots(2, len(chosen), sharex=True, sharey="row", squeeze=False)
-    lines = {}
+    lines = []
     for row, (key, title) in enumerate((("first_token_share", "first token"), ("pseudo_share", "no token"))):
         for axes, layer in zip(grid[row], chosen, strict=True):
             shares = {name: variant[key]["by_layer"][layer] for name, variant in variants.items()}
-            lines[axes] = _share(axes, variants, key, shares)
+            lines.append(_share(axes, variants, key, shares))
             axes.set_title(f"layer {layer + 1}: {title}", fontsize=TITLE)
             axes.label_outer()
-        grid[row, 0].set_ylabel("share of the attention")
+        # Shared by the row, and so set when all of it is drawn: earlier, it would cut off what is higher in a later layer.
+        grid[row, 0].set(ylabel="share of the attention", ylim=(0, None))
     for axes in grid[-1]:
         axes.set_xlabel("position of the query")
-    name_ends(figure, {axes: lines[axes] for axes in grid[:, -1]})
+    name_beside(grid[0, -1], lines[len(chosen) - 1])
     return figure
 
 
@@ -241,7 +243,6 @@ def _share(axes: Axes, variants: Variants, key: str, shares: dict[str, Any]) -> 
     axes.set_xscale("log", base=2)
     axes.set_xticks(positions[::2], [str(position) for position in positions[::2]])
     axes.minorticks_off()
-    axes.set_ylim(0, None)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""How a variant of benchmarks.lm looks in every figure: one colour, dash and marker, and its name where its line ends.
+"""How a variant of benchmarks.lm looks in every figure: one colour, dash and marker, and its name beside its line.
 
 Okabe and Ito's colours, which colour-blind readers tell apart; dash, marker and name say the same in grey print. Whiskers reach
 from the lowest seed to the highest. A line's label is the variant's key, its gid the name that readers see.
@@ -90,6 +90,16 @@ def name_ends(figure: Figure, panels: dict[Axes, list[Line2D]]) -> None:
                 shown, ends[i], (1.06, height), "data", "axes fraction", va="center", fontsize=SMALL, color=readable(color),
                 annotation_clip=False, arrowprops=hair,
             )  # fmt: skip
+
+
+def name_beside(axes: Axes, lines: list[Line2D]) -> None:
+    """A legend to the right, in the order of the lines' first points: for lines that end as one."""
+    ordered = sorted(lines, key=lambda line: -np.nan_to_num(points(line)[0, 1]))
+    colors = [readable(line.get_color()) for line in ordered]
+    axes.legend(
+        ordered, [str(line.get_gid()) for line in ordered], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
+        fontsize=SMALL, labelcolor=colors, handlelength=3,
+    )  # fmt: skip
 
 
 def _end(axes: Axes, line: Line2D) -> np.ndarray:

@@ -33,7 +33,7 @@ def variant(number: int, name: str, seeds: int, layers: int, parameters: int, to
     sink = 0.5 if name == "causal" else 0.5 / (2 + number)
 
     def share(layer: int, position: int) -> float:
-        return sink * (1 - 0.1 * layer) + (1 - sink) / (position + 1)
+        return sink * (0.7 + 0.1 * layer) + (1 - sink) / (position + 1)
 
     def window(time: int, seed: int, kept: str) -> float:
         lost = 60 * (time - 1) ** 0.7 if name == "causal" and kept == "0" else 0.3 * number * math.log2(time)

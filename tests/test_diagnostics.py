@@ -132,6 +132,21 @@ def test_unit_values_through_the_drop_ins_give_the_map(inner: Any):
     torch.testing.assert_close(masked, attention_map(q, k, mask, visible=seen))
 
 
+@pytest.mark.parametrize("shape", [(), (6,), (2, 6, 13)])
+def test_a_sink_takes_its_share(shape: tuple[int, ...]):
+    """e^sink more in every row: with V of ones the drop-in's output is the real share, and a learned sink keeps no gradient."""
+    q, k, _ = qkv(2, 6, 3, 13, 13, 13)
+    sink = torch.randn(shape).double().requires_grad_()
+    mask = stablemask(GAMMA, length=20, sink=sink)
+    found = attention_map(q, k, mask)
+    assert not found.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(flex_attention(q, k, unit_values(k), score_mod=mask, enable_gqa=True), found)
+    torch.testing.assert_close(real_share(q, k, mask), found.sum(-1))
+    torch.testing.assert_close(first_token_share(q, k, mask), found[..., 0])
+    assert (found.sum(-1) < attention_map(q, k, stablemask(GAMMA, length=20)).sum(-1)).all()
+
+
 CU = torch.tensor([0, 5, 5, 6, 13], dtype=torch.int32)
 
 

@@ -1,0 +1,197 @@
+"""How benchmarks.speed measures: fair clocks for several variants at once, and the memory that they need.
+
+Variants take turns within a round, in reversed order every other round, so that a machine that slows down slows all of them; a
+ratio is the median over rounds of two times of the same round. Inputs rotate over sets that together exceed twice the L2 cache.
+On a GPU a time is that between two CUDA events, behind a pause that lets the host run ahead: it is the device's time, and the
+host's is reported beside it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MODES = ("forward", "backward", "forward+backward")
+# q, k, v that want gradients, and the gradient of the output.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+# About 2 ms of an H100, more than the host needs to launch a forward and a backward pass.
+PAUSE_CYCLES = 4_000_000
+LEAST_ROUNDS, MOST_ROUNDS = 5, 60
+
+
+class Clock:
+    """Marks along a run, read once the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks, self.begin, self.host = device, [], 0.0, 0.0
+        if device.type == "cuda":
+            torch.cuda._sleep(PAUSE_CYCLES)
+
+    def mark(self) -> None:
+        now = time.perf_counter()
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(now)
+        self.begin = self.begin or now
+        self.host = 1e3 * (now - self.begin)
+
+    def milliseconds(self) -> list[float]:
+        """Between each mark and the next."""
+        steps = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [a.elapsed_time(b) for a, b in steps]
+        return [1e3 * (b - a) for a, b in steps]
+
+
+def train(call: Call, inputs: Inputs, device: torch.device) -> Clock:
+    """Runs the call once forward and once backward."""
+    q, k, v, grad = inputs
+    clock = Clock(device)
+    clock.mark()
+    out = call(q, k, v)
+    clock.mark()
+    torch.autograd.grad(out, (q, k, v), grad)
+    clock.mark()
+    return clock
+
+
+def rounds(
+    calls: dict[str, Call], sets: Sequence[Inputs], device: torch.device, seconds: float
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """({variant: {mode: ms of each round}}, {variant: why it failed}); a variant that fails once is out.
+
+    At least LEAST_ROUNDS, then until seconds are over; the calls are warm.
+    """
+    errors: dict[str, str] = {}
+    found: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in (*MODES, "host")} for name in calls}
+    start, count = time.perf_counter(), 0
+    while count < LEAST_ROUNDS or (count < MOST_ROUNDS and time.perf_counter() - start < seconds):
+        names = [name for name in calls if name not in errors]
+        clocks = {}
+        for name in names if count % 2 == 0 else names[::-1]:
+            try:
+                clocks[name] = train(calls[name], sets[count % len(sets)], device)
+            except Exception as error:  # an error is a row of the result
+                errors[name] = one_line(error)
+        for name, clock in clocks.items():
+            forward, backward = clock.milliseconds()
+            for mode, ms in zip((*MODES, "host"), (forward, backward, forward + backward, clock.host), strict=True):
+                found[name][mode].append(ms)
+        count += 1
+    return {name: modes for name, modes in found.items() if name not in errors}, errors
+
+
+def turns(
+    calls: dict[str, Callable[[int], Any]], device: torch.device, seconds: float, wall: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of calls without gradients, in turn; each gets the number of the round, to choose its inputs by.
+
+    wall: from before the call until the device is done, as a host that waits for it sees it.
+    """
+    for call in calls.values():
+        for i in range(3):
+            call(i)
+    synchronize(device)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    start, count = time.perf_counter(), 0
+    while count < 10 or (count < 200 and time.perf_counter() - start < seconds):
+        for name in list(calls) if count % 2 == 0 else list(calls)[::-1]:
+            if wall:
+                synchronize(device)
+                begin = time.perf_counter()
+                calls[name](count)
+                synchronize(device)
+                found[name].append(1e3 * (time.perf_counter() - begin))
+            else:
+                clock = Clock(device)
+                clock.mark()
+                calls[name](count)
+                clock.mark()
+                found[name] += clock.milliseconds()
+        count += 1
+    return found
+
+
+def num_sets(size: int, device: torch.device) -> int:
+    """How many sets of inputs of a size (bytes) exceed twice the L2 cache; at least two."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2 << 20
+    return max(2, min(32, -(-2 * l2 // size)))
+
+
+def input_sets(
+    batch: int, length: int, heads: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device
+) -> list[Inputs]:
+    """Random (B, H, S, D) in the (B, S, H, D) memory that the projections of a model leave."""
+
+    def tensor(n: int) -> Tensor:
+        return torch.randn(batch, length, n, dim, device=device, dtype=dtype).transpose(1, 2)
+
+    def one() -> Inputs:
+        q, k, v = [tensor(n).requires_grad_() for n in (heads[0], heads[1], heads[1])]
+        return q, k, v, tensor(heads[0])
+
+    return [one() for _ in range(num_sets(2 * batch * length * dim * sum(heads) * dtype.itemsize, device))]
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
+    """GB/s of a copy, bytes read and written, of a tensor far beyond the caches."""
+    source = torch.zeros((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = statistics.median(turns({"copy": lambda _: target.copy_(source)}, device, seconds)["copy"])
+    return 2 * source.numel() / ms / 1e6
+
+
+def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
+    """Bytes held at most in a forward and a backward pass, inputs among them; on a CPU as PyTorch's allocator reports them."""
+    q, k, v, grad = inputs
+
+    def run() -> None:
+        torch.autograd.grad(call(q, k, v), (q, k, v), grad)
+
+    own = sum(x.numel() * x.element_size() for x in inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return own + torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        run()
+    assert found.profiler is not None
+    assert found.profiler.kineto_results is not None
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        most = max(most, held)
+    return own + most
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """median, p20, p80 and how many."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "rounds": len(values)}
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Spread of ours over theirs, round by round."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
