@@ -9,39 +9,21 @@ anything of S x S. The numbers do not depend on the machine.
 import math
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import sm_flex
 from benchmarks import report
+from benchmarks.speed_timing import Call, training_peak
 from sm_flex import headwise_gamma, stablemask
 from sm_flex.visibility import narrow_block_mask
 
 TARGET = 1.2
 DIM = 64
-
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that a run on a CPU holds at once beyond what was there before it, as PyTorch's allocator reports it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    assert found.profiler is not None
-    assert found.profiler.kineto_results is not None
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-        most = max(most, held)
-    return most
 
 
 def ways(length: int) -> dict[str, Call]:
@@ -72,9 +54,8 @@ def memory_of_every_way(length: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, call in tqdm(ways(length).items(), unit="way", dynamic_ncols=True):
         q, k, v = [torch.randn(1, 1, length, DIM, requires_grad=True) for _ in range(3)]
-        grad = torch.randn(1, 1, length, DIM)
-        peak = peak_bytes(lambda call=call, q=q, k=k, v=v, g=grad: torch.autograd.grad(call(q, k, v), (q, k, v), g))
-        found[name] = {"bytes": peak + 4 * grad.numel() * grad.element_size()}
+        peak = training_peak(call, (q, k, v, torch.randn(1, 1, length, DIM)), torch.device("cpu"))
+        found[name] = {"bytes": peak}
         found[name]["ratio"] = found[name]["bytes"] / found["SDPA"]["bytes"]
     return found
 

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from problems import check, qkv
 from torch import Tensor
-from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import memory
-from benchmarks.memory import peak_bytes
+from benchmarks.speed_timing import training_peak
 from sm_flex import flex_attention, headwise_gamma, mass, scaled_dot_product_attention, stablemask
 from sm_flex.visibility import mask_bias
 
@@ -61,9 +60,8 @@ def test_a_training_step_adds_nothing_to_the_kernels_backward():
     assert large == {"aten::_scaled_dot_product_flash_attention_for_cpu_backward": 1}
 
 
-def test_compiled_code_takes_log_mass_from_the_table(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_code_takes_log_mass_from_the_table(fresh_compiler: None):
     """Two loops beside the kernel in the forward, for s and lse', and none of them computes logarithms of the mass."""
-    monkeypatch.setattr(inductor_config, "force_disable_caches", True)
     mask, inputs = stablemask(headwise_gamma(4), length=64), leaves(1, 4, 64, 16)
     run = torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod=mask), fullgraph=True)
     metrics.reset()
@@ -88,29 +86,13 @@ def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None, sink: Ten
 @pytest.mark.parametrize("way", sorted(set(memory.ways(64)) - {"SDPA"}))
 def test_memory_grows_with_the_length_and_not_its_square(way: str):
     """Four times the length: an S x S float would be 64 MiB at 4096 and 16 times what it was; SDPA holds 4 times as much."""
-    peaks = []
-    for length in (1024, 4096):
-        call, inputs = memory.ways(length)[way], leaves(1, 1, length, 32)
-        peaks.append(peak_bytes(lambda call=call, x=inputs: call(*x).sum().backward()))
-    q, k, v = leaves(1, 1, 4096, 32)
-    plain = peak_bytes(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
+    peaks = {}
+    for name, length in ((way, 1024), (way, 4096), ("SDPA", 4096)):
+        q, k, v = leaves(1, 1, length, 32)
+        peaks[name, length] = training_peak(memory.ways(length)[name], (q, k, v, torch.randn(1, 1, length, 32)), CPU)
     # A block of rows may be held beside what SDPA holds, whatever the length.
-    assert peaks[1] < 1.3 * plain + 2**24
-    assert peaks[1] < 5 * peaks[0]
-
-
-def test_the_peak_is_that_of_the_run():
-    """The measure itself: one tensor at a time, and both at once."""
-
-    def apart() -> None:
-        for _ in range(2):
-            torch.ones(1 << 20)
-
-    def together() -> tuple[Tensor, Tensor]:
-        return torch.ones(1 << 20), torch.ones(1 << 20)
-
-    assert peak_bytes(apart) == 1 << 22
-    assert peak_bytes(together) == 1 << 23
+    assert peaks[way, 4096] < 1.3 * peaks["SDPA", 4096] + 2**24
+    assert peaks[way, 4096] < 5 * peaks[way, 1024]
 
 
 @pytest.mark.parametrize("kind", ["none", "bool rows", "bool", "float", "float of one row"])
@@ -169,3 +151,9 @@ def test_not_far_slower_than_plain_causal_attention():
             call(q, k, v).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
             times[name].append(time.perf_counter() - start)
     assert statistics.median(times["ours"]) < 1.5 * statistics.median(times["plain"])
+
+
+def test_the_peak_is_what_is_held_at_once():
+    """The measure itself: four inputs, the sum of two, and the sum of three before that of two is let go."""
+    q, k, v = leaves(1, 1, 512, 64)
+    assert training_peak(lambda q, k, v: q + k + v, (q, k, v, torch.randn(q.shape)), CPU) == 6 * 4 * q.numel()
