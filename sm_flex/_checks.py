@@ -109,8 +109,10 @@ def check_position_values(positions: Tensor) -> None:
         raise ValueError(f"positions must be >= 0, got {positions.min().item()}: for padding use positions.clamp(min=0)")
 
 
-def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device) -> None:
-    """A StableMask against the call that it came with: heads, positions, length, device."""
+def check_mask_fits(
+    mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device, block_mask: BlockMask | None = None
+) -> None:
+    """A StableMask against the call that it came with: heads, positions, length, device, block_mask."""
     gamma, positions = mask.gamma, mask.positions
     if gamma.dim() == 1 and gamma.shape[0] != heads:
         raise ValueError(
@@ -120,6 +122,10 @@ def check_mask_fits(mask: Any, batch: int, heads: int, num_queries: int, num_key
         raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
     if mask.sink is not None:
         _check_sink_fits(mask.sink, batch, heads, num_queries, device)
+    if not mask.ordered and block_mask is None:
+        raise ValueError(
+            "block_mask is required with stablemask(..., ordered=False), where it alone says who sees whom: use flex_attention"
+        )
     if positions is None:
         if num_queries != num_keys:
             raise ValueError(

@@ -163,12 +163,13 @@ def _read(
     batch, heads, num_queries, dim = query.shape
     num_keys, device = key.shape[2], query.device
     if mask is not None:
-        _checks.check_mask_fits(mask, batch, heads, num_queries, num_keys, device)
+        block_mask = visible if isinstance(visible, BlockMask) else None
+        _checks.check_mask_fits(mask, batch, heads, num_queries, num_keys, device, block_mask)
     if visible is not None:
         _checks.check_visible(visible, query, key)
     if isinstance(visible, Tensor):
         visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-    rows = visibility.visible_rows(visible, batch, heads, num_queries, num_keys, device)
+    rows = visibility.visible_rows(visible, batch, heads, num_queries, num_keys, device, mask is None or mask.ordered)
     if cu_seqlens is not None:
         rows = _within_documents(rows, cu_seqlens, mask, num_queries, num_keys, device)
     if mask is None:

@@ -15,7 +15,7 @@ from sm_flex import _checks, identity, visibility
 from sm_flex.engines import Call, Settings, dense, flex, rule, varlen
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue
-from sm_flex.score_mod import ScoreMod, StableMask
+from sm_flex.score_mod import StableMask
 
 # Queries of a chunk against a cache that a CPU attends together.
 ROWS = 512
@@ -38,7 +38,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out' (B, H, S, Dv), lse' (B, H, S) if wanted, and the row maxima if wanted; attn_mask has four dimensions."""
     _checks.check_scale(scale)
-    _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    _checks.check_mask_fits(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device, block_mask)
     scale = score_scale(scale, q.shape[-1])
     need = rule.Need(
         score_mod=mask.score_mod is not None,
@@ -52,11 +52,11 @@ def attend(
         engine = rule.choose(q, k, v, attn_mask, need, backend)
         if engine == "flex":
             return flex.attend(
-                q, k, v, mass, scale=scale, score_mod=mask.score_mod, block_mask=block_mask,
+                q, k, v, mass, scale=scale, score_mod=mask.score_mod, block_mask=block_mask, ordered=mask.ordered,
                 kernel_options=flex_options or {}, max_scores=max_scores,
             )  # fmt: skip
         if engine == "dense":
-            out, lse = _dense(q, k, v, mass, mask.score_mod, attn_mask, block_mask, scale, dropout_p)
+            out, lse = _dense(q, k, v, mass, mask, attn_mask, block_mask, scale, dropout_p)
         else:
             out, lse = _kernel(engine, q, k, v, mass, attn_mask, scale, dropout_p, want_lse)
     return out, lse, None
@@ -123,7 +123,7 @@ def _dense(
     k: Tensor,
     v: Tensor,
     mass: Mass,
-    score_mod: ScoreMod | None,
+    mask: StableMask,
     attn_mask: Tensor | None,
     block_mask: BlockMask | None,
     scale: float,
@@ -132,9 +132,9 @@ def _dense(
     num_queries, num_keys = q.shape[2], k.shape[2]
     bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
     seen = block_mask if block_mask is not None else attn_mask if bias is None else None
-    rows = visibility.visible_rows(seen, q.shape[0], q.shape[1], num_queries, num_keys, q.device)
+    rows = visibility.visible_rows(seen, q.shape[0], q.shape[1], num_queries, num_keys, q.device, mask.ordered)
     return dense.attend(
-        q, k, v, mass.shared_table(wide(q)), rows, scale=scale, bias=bias, score_mod=score_mod, dropout_p=dropout_p
+        q, k, v, mass.shared_table(wide(q)), rows, scale=scale, bias=bias, score_mod=mask.score_mod, dropout_p=dropout_p
     )
 
 

@@ -18,7 +18,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class StableMask:
     """A request for StableMask attention: make it with :func:`stablemask`, give it to a drop-in as ``score_mod``.
 
-    gamma, length, positions, score_mod and sink are what stablemask() was given; gamma, and a sink, are always tensors.
+    gamma, length, positions, score_mod, sink and ordered are what stablemask() was given; gamma, and a sink, are always tensors.
     """
 
     gamma: Tensor
@@ -26,6 +26,7 @@ class StableMask:
     positions: Tensor | None
     score_mod: ScoreMod | None
     sink: Tensor | None = None
+    ordered: bool = True
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class StableMask:
         return self._copies[name, device]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.sink)
+        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.sink, self.ordered)
 
 
 def stablemask(
@@ -81,6 +82,7 @@ def stablemask(
     positions: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     sink: float | Tensor | None = None,
+    ordered: bool = True,
 ) -> StableMask:
     """StableMask (Yin et al., ICML 2024) as a score_mod for sm_flex's drop-ins.
 
@@ -100,6 +102,8 @@ def stablemask(
         sink: one more pseudo score a row, or the log-sum-exp of several: log M becomes log(e^log M + e^sink). A number, or a
             floating tensor: 0-d, (H,) with one a query head (gpt-oss's learned sinks, with gamma = inf for those alone), or
             broadcastable to (B, H, S) ((H, T_q) for varlen_attn), which is any mass there is. It may require grad.
+        ordered: False where slots do not follow the sequence, as the shards of context parallelism may not: the block_mask
+            of flex_attention, then required as positions are, alone says who sees whom, and must itself be causal.
 
     Returns:
         A StableMask. Calling it, as torch's own flex_attention would, raises.
@@ -123,11 +127,13 @@ def stablemask(
         check_positions(positions)
         if length is None:
             raise ValueError("length is required where positions are given: pass stablemask(..., length=N), the training length")
+    if not ordered and positions is None:
+        raise ValueError("positions are required with ordered=False: pass stablemask(..., positions=..., length=N)")
     if isinstance(score_mod, StableMask):
         raise TypeError("score_mod of a StableMask must be an ordinary score_mod, got another StableMask")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod must be callable or None, got {type(score_mod).__name__}")
-    return StableMask(gamma, length, positions, score_mod, None if sink is None else check_sink(sink))
+    return StableMask(gamma, length, positions, score_mod, None if sink is None else check_sink(sink), ordered)
 
 
 def _copy(x: Tensor, device: torch.device) -> Tensor:

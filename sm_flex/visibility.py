@@ -63,11 +63,17 @@ def dead_rows(bias: Tensor, causal: bool) -> Tensor:
 
 
 def visible_rows(
-    mask: Tensor | BlockMask | None, batch: int, num_heads: int, num_queries: int, num_keys: int, device: torch.device
+    mask: Tensor | BlockMask | None,
+    batch: int,
+    num_heads: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    ordered: bool,
 ) -> VisibleRows:
-    """The causal slots, narrowed by a BlockMask or a boolean mask of four dimensions."""
+    """The causal slots, narrowed by a BlockMask (which is all there is if not ordered) or a boolean mask of four dimensions."""
     if isinstance(mask, BlockMask):
-        return block_mask_rows(mask, num_queries, num_keys, num_heads, batch)
+        return block_mask_rows(mask, num_queries, num_keys, num_heads, batch, ordered)
     return causal_rows(num_queries, num_keys, device) if mask is None else bool_mask_rows(mask, num_queries, num_keys)
 
 
@@ -81,8 +87,10 @@ def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> Visibl
     return rows
 
 
-def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_heads: int, batch: int) -> VisibleRows:
-    """A BlockMask within the causal slots: every pair of a full block, and of a partial block what mask_mod keeps."""
+def block_mask_rows(
+    block_mask: BlockMask, num_queries: int, num_keys: int, num_heads: int, batch: int, ordered: bool
+) -> VisibleRows:
+    """A BlockMask (within the causal slots if ordered): each pair of a full block, and what mask_mod keeps of a partial one."""
     device = block_mask.kv_num_blocks.device
     causal = causal_rows(num_queries, num_keys, device)
     block_q, block_kv = block_mask.BLOCK_SIZE
@@ -103,7 +111,7 @@ def block_mask_rows(block_mask: BlockMask, num_queries: int, num_keys: int, num_
         seen = spread(partial) & mask_mod(b, h, q, kv)
         if full is not None:
             seen = seen | spread(full)
-        return seen & causal(start, end)
+        return seen & causal(start, end) if ordered else seen
 
     return rows
 

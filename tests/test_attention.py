@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, 
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex.diagnostics import attention_map
 from sm_flex.testing import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -251,6 +252,33 @@ def test_block_mask_that_is_not_causal_is_narrowed():
     out = flex_attention(q, k, v, score_mod=stablemask(0.3), block_mask=diagonal)
     blocks = torch.arange(48) // 16
     torch.testing.assert_close(out, oracle(q, k, v, gamma=0.3, visible=blocks.unsqueeze(1) == blocks)[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_balanced_shard_of_the_queries_and_all_keys_in_its_order(rank: int):
+    """Context parallelism with a head-tail balance: slots 0 to T hold chunks 0, 3, 1, 2 of the sequence."""
+    lengths, chunk = [13, 30, 21], 16
+    total = sum(lengths)
+    order = torch.arange(total).reshape(4, chunk)[[0, 3, 1, 2]].flatten()
+    mine = order[rank * 2 * chunk : (rank + 1) * 2 * chunk]
+    _, ids = document_mask(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths])[mine]
+    block_mask = create_block_mask(
+        lambda b, h, i, j: (order[j] <= mine[i]) & (ids[order[j]] == ids[mine[i]]),
+        None, None, len(mine), total, device="cpu", BLOCK_SIZE=16,
+    )  # fmt: skip
+    _, k, v = qkv(2, 4, 2, total, total, 8)
+    whole = [qkv(2, 4, 2, total, total, 8)[0], k, v, gamma_of(4, torch.float64)]
+    shard = [whole[0][:, :, mine], k[:, :, order], v[:, :, order], whole[3]]
+    options = {"length": 40, "positions": positions, "ordered": False}
+    out, lse = flex_with_lse(block_mask=block_mask, **options)(*shard)
+    visible = ids.unsqueeze(1) == ids
+    packed_positions = torch.cat([torch.arange(n) for n in lengths])
+    expected = oracle(*whole[:3], gamma=whole[3], length=40, positions=packed_positions, visible=visible)
+    torch.testing.assert_close(out, expected[0][:, :, mine])
+    torch.testing.assert_close(lse, expected[1][:, :, mine])
+    weights = attention_map(shard[0], shard[1], stablemask(shard[3], **options), visible=block_mask)
+    torch.testing.assert_close(weights @ shard[2].repeat_interleave(2, dim=1), out)
 
 
 def packed(q: Tensor) -> Tensor:

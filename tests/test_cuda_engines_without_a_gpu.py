@@ -191,9 +191,8 @@ def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: in
         b, h, i, j = (torch.arange(n) for n in (1, heads, num_queries, num_keys))
         expected = causal & mods[kind](b[:, None, None, None], h[:, None, None], i[:, None], j)
     narrowed = narrow_block_mask(block_mask, num_queries, num_keys, torch.device("cpu"))
-    # block_mask_rows reads the lists as flex does: full blocks whole, partial blocks by mask_mod. Its own causality is
-    # taken away, to see what the lists say.
-    seen = rows_without_causality(narrowed, num_queries, num_keys, heads)
+    # block_mask_rows reads the lists as flex does: full blocks whole, partial blocks by mask_mod.
+    seen = block_mask_rows(narrowed, num_queries, num_keys, heads, 1, ordered=False)(0, num_queries)
     assert torch.equal(seen.expand(1, heads, -1, -1), expected.expand(1, heads, -1, -1))
     # The lists of the backward say the same, transposed.
     assert narrowed.q_num_blocks is not None
@@ -202,17 +201,6 @@ def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: in
         # Nothing above the diagonal is listed, and below it blocks are full.
         assert narrowed.full_kv_num_blocks is not None
         assert (narrowed.kv_num_blocks <= -(-128 // 128) + 1).all()
-
-
-def rows_without_causality(block_mask, num_queries: int, num_keys: int, heads: int) -> Tensor:
-    import sm_flex.visibility as visibility
-
-    original = visibility.causal_rows
-    visibility.causal_rows = lambda *args: lambda start, end: torch.ones((), dtype=torch.bool)
-    try:
-        return block_mask_rows(block_mask, num_queries, num_keys, heads, 1)(0, num_queries)
-    finally:
-        visibility.causal_rows = original
 
 
 def test_narrowing_is_done_once_for_a_block_mask():
@@ -224,7 +212,8 @@ def test_narrowing_is_done_once_for_a_block_mask():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_lse_grad", [False, True])
-def test_flex_engine_where_torch_lets_it_differentiate(with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch):
     """torch's eager flex differentiates on a CPU once its device check is out of the way: the engine as a GPU would run it."""
     import torch.nn.attention.flex_attention as torch_flex
     from problems import check, qkv
@@ -239,13 +228,16 @@ def test_flex_engine_where_torch_lets_it_differentiate(with_lse_grad: bool, monk
         return {**real(*args, **kwargs), "OUTPUT_LOGSUMEXP": True}
 
     monkeypatch.setattr(torch_flex, "_apply_kernel_options", with_lse)
-    block_mask = create_block_mask(lambda b, h, i, j: i - j < 30, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    # Unordered, the BlockMask must itself be causal; ordered, it is narrowed.
+    block_mask = create_block_mask(
+        lambda b, h, i, j: (i - j < 30) & (ordered | (j <= i)), None, None, 64, 64, device="cpu", BLOCK_SIZE=16
+    )
 
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor):
         mass = stablemask(gamma, length=70).mass(q.device, 64, 64)
         out, lse, _ = flex.attend(
             q, k, v, mass, scale=0.25, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j), block_mask=block_mask,
-            kernel_options={}, max_scores=False,
+            ordered=ordered, kernel_options={}, max_scores=False,
         )  # fmt: skip
         return out, lse
 

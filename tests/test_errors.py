@@ -95,6 +95,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "plain score_mod to varlen": (varlen(score_mod=lambda s, b, h, i, j: s), TypeError, "score_mod of varlen_attn must be a StableMask"),
     "called by hand": (lambda: stablemask(0.5)(Q, *(Q,) * 4), TypeError, "sm_flex.flex_attention"),
     "torch's own flex": (lambda: torch_flex_attention(Q, Q, Q, score_mod=stablemask(0.5)), Exception, "sm_flex.flex_attention"),
+    # ordered
+    "unordered without positions": (make(0.5, length=9, ordered=False), ValueError, "positions are required with ordered=False"),
+    "unordered without block_mask": (flex(mask=positions(7, ordered=False)), ValueError, "block_mask is required with .*ordered=False"),
+    "unordered sdpa": (sdpa(mask=positions(7, ordered=False), attn_mask=torch.ones(7, 7) > 0), ValueError, "block_mask is required .*use flex_attention"),
+    "unordered varlen": (varlen(positions(7, ordered=False)), ValueError, "block_mask is required .*use flex_attention"),
     "presoftmax with length": (lambda: stablemask(0.5, length=9).presoftmax(*(Q,) * 5), ValueError, "without length and positions"),
     # options of flex_attention
     "BACKEND unknown": (flex(kernel_options={"BACKEND": "CUDA"}), ValueError, "BACKEND must be one of AUTO, .*got 'CUDA'"),

@@ -85,14 +85,18 @@ def take_request(argv: Sequence[str], usage: str = "") -> tuple[Request, list[st
         raise BadInput(f"--attn must be given as {' or '.join(ATTENTIONS)}, got {attn or 'nothing'}")
     if attn == "causal" and gamma is not None:
         raise BadInput(f"--gamma belongs to --attn=stablemask, got --attn=causal --gamma={gamma}")
-    request = Request(attn, _normal("headwise" if gamma is None else gamma), switch)
+    request = Request(attn, normal_gamma("headwise" if gamma is None else gamma), switch)
     if attn == "stablemask" and _is_first_process():  # causal is the script as it is, to the letter
         print(f"attention: {request.name}")
     return request, rest
 
 
-def _normal(gamma: str) -> str:
-    """One spelling for one gamma: 0.50 and .5 are 0.5."""
+def normal_gamma(gamma: str, flag: str = "--gamma") -> str:
+    """One spelling for one gamma, headwise or numbers with commas between: 0.50 and .5 are 0.5.
+
+    Raises:
+        BadInput: naming the flag.
+    """
     if gamma == "headwise":
         return gamma
     try:
@@ -100,7 +104,7 @@ def _normal(gamma: str) -> str:
     except ValueError:
         rates = [math.nan]
     if not all(rate >= 0 for rate in rates):  # NaN too
-        raise BadInput(f"--gamma must be headwise, a number >= 0, or one for each head with commas between, got {gamma!r}")
+        raise BadInput(f"{flag} must be headwise, a number >= 0, or one for each head with commas between, got {gamma!r}")
     return ",".join(f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate) for rate in rates)
 
 

@@ -1,0 +1,104 @@
+"""The command: read our flags, turn them into one of torchtitan's overrides, check it, run torchtitan's own training."""
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import sm_flex_torchtitan
+from sm_flex_launcher.request import BadInput, normal_gamma, one_line
+from sm_flex_torchtitan import BACKENDS
+from sm_flex_torchtitan.versions import check_versions
+
+PROG = "python -m sm_flex_torchtitan.train"
+OURS = "sm_flex_torchtitan.overrides"
+FLAGS = ("--attn", "--attn.gamma", "--attn.length")
+IMPORTS = "--override.imports"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train with torchtitan; bad input is one line on stderr and exit code 2, before any device is touched."""
+    with one_line(PROG):
+        command = _with_override(*_take(sys.argv[1:] if argv is None else list(argv)))
+        _check(command)
+    from torchtitan import train
+
+    sys.argv = [sys.argv[0], *command]
+    train.main()
+
+
+def _take(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Our flags, as --flag value or --flag=value, and the rest of the command line in its order."""
+    if "--help" in argv or "-h" in argv:
+        print((sm_flex_torchtitan.__doc__ or "").strip())
+        raise SystemExit(0)
+    flags: dict[str, str] = {}
+    rest = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in FLAGS:
+            flags[flag] = value if equals else next(words, "")
+        elif flag.startswith("--attn"):
+            raise BadInput(f"{flag} is not known: {', '.join(FLAGS)} are")
+        else:
+            rest.append(word)
+    return flags, rest
+
+
+def _with_override(flags: dict[str, str], rest: list[str]) -> list[str]:
+    """torchtitan's command line with our override among its imports."""
+    attn = flags.get("--attn")
+    if attn not in ("stablemask", *BACKENDS):
+        raise BadInput(
+            f"--attn must be given as stablemask, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, got {attn or 'nothing'}"
+        )
+    for flag in FLAGS[1:]:
+        if attn != "stablemask" and flag in flags:
+            raise BadInput(f"{flag} belongs to --attn stablemask, got --attn {attn} {flag} {flags[flag]}")
+    if attn == "stablemask":
+        ours = f"{OURS}.stablemask={json.dumps(_stablemask(flags))}"
+    else:
+        ours = f"{OURS}.attention_backend={json.dumps({'name': attn})}"
+    # torchtitan's own varlen configs do the same: the bounds of the documents are read on the host.
+    extra = ["--training.disable_cuda_graphs"] if attn == "varlen" else []
+    for i, word in enumerate(rest):
+        flag, equals, value = word.partition("=")
+        if flag == IMPORTS:
+            return [*extra, *rest[:i], IMPORTS, ours, *([value] if equals else []), *rest[i + 1 :]]
+    return [*extra, IMPORTS, ours, *rest]
+
+
+def _stablemask(flags: dict[str, str]) -> dict[str, Any]:
+    gamma = normal_gamma(flags.get("--attn.gamma", "headwise"), "--attn.gamma")
+    kwargs: dict[str, Any] = {"gamma": gamma}
+    if gamma != "headwise":
+        rates = [float(rate) for rate in gamma.split(",")]
+        kwargs["gamma"] = rates if len(rates) > 1 else rates[0]
+    length = flags.get("--attn.length")
+    if length is not None:
+        if not length.isascii() or not length.isdigit():
+            raise BadInput(f"--attn.length must be a whole number, the training length, got {length!r}")
+        kwargs["length"] = int(length)
+    return kwargs
+
+
+def _check(command: list[str]) -> None:
+    """Apply the overrides as the trainer will, to a config that is thrown away."""
+    try:
+        check_versions()
+        from torchtitan.config import ConfigManager
+        from torchtitan.config.override import apply_overrides
+
+        config: Any = copy.deepcopy(ConfigManager().parse_args(command))
+        config.model_spec.model.update_from_config(config=config)
+        replaced = apply_overrides(config.override, config)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise BadInput(str(error)) from None
+    if not any(OURS in line for line in replaced):
+        raise BadInput(f"the model of {config.model_spec.name} has no attention that --attn could replace")
+
+
+if __name__ == "__main__":
+    main()
