@@ -134,7 +134,16 @@ def _dense(
     seen = block_mask if block_mask is not None else attn_mask if bias is None else None
     rows = visibility.visible_rows(seen, q.shape[0], q.shape[1], num_queries, num_keys, q.device, mask.ordered)
     return dense.attend(
-        q, k, v, mass.shared_table(wide(q)), rows, scale=scale, bias=bias, score_mod=mask.score_mod, dropout_p=dropout_p
+        q,
+        k,
+        v,
+        mass.shared_table(wide(q)),
+        rows,
+        scale=scale,
+        bias=bias,
+        score_mod=mask.score_mod,
+        dropout_p=dropout_p,
+        aligned=mask.ordered,
     )
 
 
