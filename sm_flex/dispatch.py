@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from sm_flex import _checks, identity, visibility
 from sm_flex.engines import Call, Settings, dense, flex, rule, varlen
@@ -17,8 +18,8 @@ from sm_flex.mass import Mass
 from sm_flex.remask import epilogue
 from sm_flex.score_mod import StableMask
 
-# Queries of a chunk against a cache that a CPU attends together.
-ROWS = 512
+# Queries of a chunk against a cache that a CPU attends together, and elements of the bias that they share.
+ROWS, BIAS_ELEMENTS = 512, 1 << 20
 
 
 def attend(
@@ -74,8 +75,10 @@ def _kernel(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if engine == "cpu" and num_queries != num_keys and num_queries > ROWS and not torch.compiler.is_compiling():
-        return _in_row_blocks(q, k, v, mass, attn_mask, scale, want_lse)
+    if engine == "cpu" and num_queries != num_keys and not torch.compiler.is_compiling():
+        rows = max(1, min(ROWS, BIAS_ELEMENTS // num_keys))
+        if num_queries > rows:
+            return _in_row_blocks(q, k, v, mass, attn_mask, scale, want_lse, rows)
     q, scale = _positive_scale(engine, q, scale)
     bias = None
     # A single query sees every key. The CPU op takes a mask beside its own flag, which skips the upper triangle.
@@ -90,13 +93,14 @@ def _kernel(
 
 
 def _in_row_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mass: Mass, attn_mask: Tensor | None, scale: float, want_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, mass: Mass, attn_mask: Tensor | None, scale: float, want_lse: bool, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """The CPU op on a block of queries after another, S != T: causality is a bias then, which would be S x T."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    assert mass.positions is not None, "required where lengths differ"
-    outs, lses, start = [], [], 0
-    for q_block in q.split(ROWS, dim=2):
+    positions = mass.positions
+    assert positions is not None, "required where lengths differ"
+
+    def block(q_block: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
         end = start + q_block.shape[2]
         keys = min(max(1, end + num_keys - num_queries), num_keys)
         bias = visibility.banded_bias(start + num_keys - num_queries, end - start, keys, -1, q.dtype)
@@ -107,14 +111,20 @@ def _in_row_blocks(
         sink = mass.sink
         if sink is not None and sink.dim() > 1 and sink.shape[-1] > 1:
             sink = sink[..., start:end]
-        rows = mass._replace(positions=mass.positions[..., start:end], num_queries=end - start, sink=sink)
-        block, block_scale = _positive_scale("cpu", q_block, scale)
-        out, lse = identity.attend(
-            "cpu", block, k[:, :, :keys], v[:, :, :keys], bias, rows, Settings(False, block_scale), want_lse=want_lse
-        )
+        rows = mass._replace(positions=positions[..., start:end], num_queries=end - start, sink=sink)
+        q_block, block_scale = _positive_scale("cpu", q_block, scale)
+        settings = Settings(False, block_scale)
+        return identity.attend("cpu", q_block, k[:, :, :keys], v[:, :, :keys], bias, rows, settings, want_lse=want_lse)
+
+    outs, lses = [], []
+    for i, q_block in enumerate(q.split(size, dim=2)):
+        if torch.is_grad_enabled():
+            # Computed again in the backward: the biases of all blocks together are S x T.
+            out, lse = checkpoint(block, q_block, i * size, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        else:
+            out, lse = block(q_block, i * size)
         outs.append(out)
         lses.append(lse)
-        start = end
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if want_lse else None
 
 

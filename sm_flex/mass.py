@@ -104,8 +104,9 @@ def _log_mass_table(
 ) -> Tensor:
     """shared_table() in compiled code, which would compute its logarithms anew in each call, one number at a time."""
     dtype = torch.float64 if precise else torch.float32
-    # A copy: compiled code may write to what an op returns.
-    return Mass(gamma, positions, cu_seqlens, length, num_queries, sink).shared_table(dtype).clone()
+    mass = Mass(gamma, positions, cu_seqlens, length, num_queries, sink)
+    # A tracer that folds constants runs the op itself. A copy: compiled code may write to what an op returns.
+    return mass.table(dtype) if torch.compiler.is_compiling() else mass.shared_table(dtype).clone()
 
 
 @_log_mass_table.register_fake

@@ -226,7 +226,7 @@ def banded_bias(first_slot: int, num_rows: int, num_keys: int, window: int, dtyp
     seen = keys <= slots
     if window != -1:
         seen = seen & (keys >= slots - window)
-    return torch.zeros(1, 1, num_rows, num_keys, dtype=dtype).masked_fill(~seen, -math.inf)
+    return torch.zeros(1, 1, num_rows, num_keys, dtype=dtype).masked_fill_(~seen, -math.inf)
 
 
 def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, window: int) -> VisibleRows:

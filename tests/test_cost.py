@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from problems import check, qkv
 from torch import Tensor
 from torch._inductor import metrics
-from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import memory
@@ -81,6 +81,21 @@ def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None, sink: Ten
             torch.library.opcheck(torch.ops.sm_flex.log_mass_table.default, args)
             expected = mass.Mass(gamma, positions, documents, 12, 9, sink).table(torch.float64 if precise else torch.float32)
             assert torch.equal(torch.ops.sm_flex.log_mass_table(*args), expected)
+
+
+def test_blocks_of_rows_where_slots_do_not_follow_the_sequence(monkeypatch: pytest.MonkeyPatch):
+    """ordered=False: the block_mask alone says who sees whom, so no block of rows may leave out keys beyond its slots."""
+    from sm_flex.engines import dense
+
+    q, k, v = qkv(1, 2, 2, 64, 64, 8)
+    order = torch.arange(63, -1, -1)  # the slots hold the sequence backwards
+    block_mask = create_block_mask(lambda b, h, i, j: order[j] <= order[i], None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    mask = stablemask(0.1, length=64, positions=order, ordered=False)
+    forwards = [x.flip(2) for x in (q, k, v)]
+    expected = flex_attention(*forwards, score_mod=stablemask(0.1, length=64)).flip(2)  # pyright: ignore
+    monkeypatch.setattr(dense, "BLOCK_SCORES", 1)
+    out = flex_attention(q, k, v, score_mod=mask, block_mask=block_mask)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", sorted(set(memory.ways(64)) - {"SDPA"}))
