@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from launching import refusal
 from torch.torch_version import TorchVersion
 
+from benchmarks import titan_speed
 from sm_flex_torchtitan import train, versions
 
 MODEL = ["--module", "llama3", "--config", "llama3_debugmodel"]
@@ -100,3 +102,8 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         train.main(["--help"])
     assert stop.value.code == 0
     assert "--attn.gamma headwise" in capsys.readouterr().out
+
+
+def test_the_benchmark_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    line = refusal(lambda: titan_speed.main(["--steps", "1", "--out", str(tmp_path)]), capsys)
+    assert line == "python -m benchmarks.titan_speed: error: --steps must be at least 2, got 1"

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchtitan.config.override import derive, override
 from torchtitan.models.common.attention import FlexAttention, GQAttention
@@ -16,12 +15,12 @@ from sm_flex_torchtitan.attention import PlacedMask, PositionedGQAttention
 class OracleAttention(FlexAttention):
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
-        causal: bool
+        gamma: Any
         length: int
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.causal, self.length = config.causal, config.length
+        self.gamma, self.length = config.gamma, config.length
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: PlacedMask, scale: Any, enable_gqa: bool
@@ -30,8 +29,7 @@ class OracleAttention(FlexAttention):
         assert positions_BL is not None
         document_BL = (positions_BL == 0).cumsum(1)
         assert document_BL[:, -1].min() > 1, "rows of several documents"
-        heads = q_BLNH.shape[2]
-        gamma = torch.full((heads,), torch.inf) if self.causal else headwise_gamma(heads)
+        gamma = headwise_gamma(q_BLNH.shape[2]) if self.gamma == "headwise" else self.gamma
         out_BNLH, _ = oracle(
             *[x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH)], gamma=gamma, length=self.length, positions=positions_BL,
             visible=(document_BL[:, :, None] == document_BL[:, None])[:, None], scale=scale,
@@ -40,6 +38,6 @@ class OracleAttention(FlexAttention):
 
 
 @override(target=GQAttention.Config)
-def oracle_attention(attention: Any, *, causal: bool, length: int) -> PositionedGQAttention.Config:
-    inner = derive(attention.inner_attention, OracleAttention.Config, causal=causal, length=length)
+def oracle_attention(attention: Any, *, gamma: Any, length: int = 256) -> PositionedGQAttention.Config:
+    inner = derive(attention.inner_attention, OracleAttention.Config, gamma=gamma, length=length)
     return derive(attention, PositionedGQAttention.Config, inner_attention=inner)
