@@ -7,16 +7,21 @@ stack come from the cubin itself. Any spill (local memory or stack) fails the ru
 """
 
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import report
 from sm_flex import remask_kernel as rk
 
 TARGETS = (80, 90, 100)
@@ -25,8 +30,8 @@ POINTERS = ("out_ptr", "new_out_ptr", "lse_ptr", "new_lse_ptr", "table_ptr", "ga
 SOURCES = {"table": None, "arange": rk.ARANGE, "positions": rk.POSITIONS, "cu_seqlens": rk.CU_SEQLENS, "one doc.": rk.CU_SEQLENS}
 
 
-def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool, source: str) -> bytes:
-    """The cubin of one variant of remask_kernel for sm_<arch>."""
+def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool, source: str) -> Any:
+    """The cubin and the ptx of one variant of remask_kernel for sm_<arch>, by these names."""
     rows, block_d = rk.block_shape(head_dim, dtype.itemsize)
     names = rk.remask_kernel.arg_names
     constants = {
@@ -53,7 +58,7 @@ def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool
         ASTSource(rk.remask_kernel, signature, {(names.index(name),): x for name, x in constants.items()}, attrs),
         target=GPUTarget("cuda", arch, 32),
     )
-    return kernel.asm["cubin"]
+    return kernel.asm
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -69,22 +74,48 @@ def resources(cubin: bytes) -> dict[str, int]:
     return found
 
 
-def main() -> int:
-    print(f"remask_kernel, triton {triton.__version__}: registers a thread, stack and local bytes")
-    spilled = 0
-    for arch in TARGETS:
-        for dtype in TYPES:
-            for head_dim in (64, 128):
-                for in_place in (True, False):
-                    for source in SOURCES:
-                        used = resources(compile_variant(arch, dtype, head_dim, in_place, source))
-                        spills = used["LOCAL"] + used["STACK"]
-                        spilled += spills > 0
-                        print(
-                            f"sm_{arch} {str(dtype)[6:]:8} D={head_dim:<3} {'in place' if in_place else 'new buf.'} {source:10} "
-                            f"REG {used['REG']:3} STACK {used['STACK']} LOCAL {used['LOCAL']}{'  SPILLS' if spills else ''}"
-                        )
-    print("no spills" if not spilled else f"{spilled} variants spill")
+def bits(ptx: str) -> tuple[int, int]:
+    """The widest load and store of global memory, in bits a thread."""
+
+    def widest(instruction: str) -> int:
+        found = re.findall(rf"\b{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+        return max(int(count or 1) * int(size) for count, size in found)
+
+    return widest("ld"), widest("st")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = report.Parser(prog="python -m benchmarks.kernel_report", description="What the compiler makes of the kernel.")
+    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
+    args = parser.parse_args(argv)
+    device = torch.device("cpu")
+    try:
+        stem = report.result_stem(report.out_folder(args.out), "kernel_report", device)
+    except OSError as error:
+        parser.error(str(error))
+    source_of_report = report.environment(shlex.join(["python", "-m", "benchmarks.kernel_report", *argv]), device)
+    rows, spilled = [], 0
+    variants = list(product(TARGETS, TYPES, (64, 128), (True, False), SOURCES))
+    for arch, dtype, head_dim, in_place, source in tqdm(variants, unit="variant", dynamic_ncols=True):
+        asm = compile_variant(arch, dtype, head_dim, in_place, source)
+        used, (load, store) = resources(asm["cubin"]), bits(asm["ptx"])
+        spilled += used["LOCAL"] + used["STACK"] > 0
+        where = "in place" if in_place else "new buffer"
+        rows.append(
+            (f"sm_{arch}", str(dtype)[6:], head_dim, where, source, used["REG"], used["STACK"], used["LOCAL"], load, store)
+        )
+    columns = ("target", "dtype", "head_dim", "out", "log M from", "registers", "stack", "local", "widest load", "widest store")
+    table = report.markdown_table(columns, rows)
+    verdict = "No variant spills." if not spilled else f"{spilled} variants spill."
+    notes = (
+        f"{verdict} Registers are a thread's, stack and local memory bytes a thread (both 0: no spill), loads and stores bits a "
+        "thread in one instruction. Compiled ahead of time, as a launch with contiguous tensors specialises it; nothing was run."
+    )
+    record = {"benchmark": "kernel_report", "columns": columns, "rows": rows, "spilled": spilled}
+    report.write(stem, "What the compiler makes of the remask kernel", source_of_report, table, notes, record)
+    print(table)
+    print(f"{verdict} wrote {stem}.md and .json")
     return 1 if spilled else 0
 
 

@@ -227,8 +227,8 @@ def _by_rows(call: _Call, look: Callable[[Tensor, Tensor], Tensor], *columns: in
     result = torch.empty(batch, heads, num_queries, *columns, dtype=log_mass.dtype, device=query.device)
     with torch.no_grad(), no_autocast(query.device):
         score_mod = None if mask is None else mask.score_mod
-        weigh = dense.weights_by_rows(query, key, rows, log_mass.dtype, scale=scale, score_mod=score_mod)
+        weigh = dense.weights_by_rows(key, rows, log_mass.dtype, scale=scale, score_mod=score_mod)
         for start, end in dense.row_blocks(batch, heads, num_queries, key.shape[2]):
-            weights, lse = weigh(start, end)
+            weights, lse = weigh(query[:, :, start:end], start, key.shape[2])
             result[:, :, start:end] = look(weights, shares(lse, log_mass[..., start:end])[0])
     return result

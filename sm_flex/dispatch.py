@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from sm_flex import _checks, identity, visibility
 from sm_flex.engines import Call, Settings, dense, flex, rule, varlen
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue
 from sm_flex.score_mod import StableMask
+
+# Queries of a chunk against a cache that a CPU attends together, and elements of the bias that they share.
+ROWS, BIAS_ELEMENTS = 512, 1 << 20
 
 
 def attend(
@@ -71,14 +75,57 @@ def _kernel(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     num_queries, num_keys = q.shape[2], k.shape[2]
+    if engine == "cpu" and num_queries != num_keys and not torch.compiler.is_compiling():
+        rows = max(1, min(ROWS, BIAS_ELEMENTS // num_keys))
+        if num_queries > rows:
+            return _in_row_blocks(q, k, v, mass, attn_mask, scale, want_lse, rows)
     q, scale = _positive_scale(engine, q, scale)
     bias = None
-    if attn_mask is not None or rule.needs_bias(engine, q, k):
+    # A single query sees every key. The CPU op takes a mask beside its own flag, which skips the upper triangle.
+    causal = num_queries > 1
+    if engine == "cpu" and attn_mask is not None and num_queries == num_keys:
+        bias = visibility.mask_bias(attn_mask, num_queries, num_keys, q.dtype)
+    elif attn_mask is not None or rule.needs_bias(engine, q, k):
         bias = visibility.causal_bias(attn_mask, num_queries, num_keys, q.dtype, q.device)
-    # A single query sees every key. The CPU op takes both a bias and its own flag, which skips the upper triangle.
-    causal = num_queries > 1 and (bias is None or (engine == "cpu" and num_queries == num_keys))
+        causal = False
     settings = Settings(causal, scale, dropout_p, may_be_dead=causal and num_queries > num_keys)
     return identity.attend(engine, q, k, v, bias, mass, settings, want_lse=want_lse)
+
+
+def _in_row_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mass: Mass, attn_mask: Tensor | None, scale: float, want_lse: bool, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """The CPU op on a block of queries after another, S != T: causality is a bias then, which would be S x T."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    positions = mass.positions
+    assert positions is not None, "required where lengths differ"
+
+    def block(q_block: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        end = start + q_block.shape[2]
+        keys = min(max(1, end + num_keys - num_queries), num_keys)
+        bias = visibility.banded_bias(start + num_keys - num_queries, end - start, keys, -1, q.dtype)
+        if attn_mask is not None:
+            part = attn_mask[..., :keys] if attn_mask.shape[-1] > 1 else attn_mask
+            part = part[..., start:end, :] if part.shape[-2] > 1 else part
+            bias = torch.where(part, bias, -math.inf) if part.dtype == torch.bool else bias + part
+        sink = mass.sink
+        if sink is not None and sink.dim() > 1 and sink.shape[-1] > 1:
+            sink = sink[..., start:end]
+        rows = mass._replace(positions=positions[..., start:end], num_queries=end - start, sink=sink)
+        q_block, block_scale = _positive_scale("cpu", q_block, scale)
+        settings = Settings(False, block_scale)
+        return identity.attend("cpu", q_block, k[:, :, :keys], v[:, :, :keys], bias, rows, settings, want_lse=want_lse)
+
+    outs, lses = [], []
+    for i, q_block in enumerate(q.split(size, dim=2)):
+        if torch.is_grad_enabled():
+            # Computed again in the backward: the biases of all blocks together are S x T.
+            out, lse = checkpoint(block, q_block, i * size, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        else:
+            out, lse = block(q_block, i * size)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if want_lse else None
 
 
 def _dense(
@@ -97,7 +144,16 @@ def _dense(
     seen = block_mask if block_mask is not None else attn_mask if bias is None else None
     rows = visibility.visible_rows(seen, q.shape[0], q.shape[1], num_queries, num_keys, q.device, mask.ordered)
     return dense.attend(
-        q, k, v, mass.shared_table(wide(q)), rows, scale=scale, bias=bias, score_mod=mask.score_mod, dropout_p=dropout_p
+        q,
+        k,
+        v,
+        mass.shared_table(wide(q)),
+        rows,
+        scale=scale,
+        bias=bias,
+        score_mod=mask.score_mod,
+        dropout_p=dropout_p,
+        aligned=mask.ordered,
     )
 
 
@@ -131,7 +187,7 @@ def attend_packed(
         if engine == "dense":
             rows = visibility.document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
             q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
-            return dense.attend(q, k, v, mass.shared_table(wide(q)), rows, scale=scale)
+            return dense.attend(q, k, v, mass.shared_table(wide(q)), rows, scale=scale, aligned=False)
         q, scale = _positive_scale(engine, q, scale)
         settings = settings._replace(scale=scale)
         return identity.attend(engine, q, k, v, None, mass, settings, cu_q=cu_q, cu_k=cu_k, want_lse=want_lse)
@@ -158,15 +214,16 @@ def _autocasts(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device.type)
 
 
-def autocast(*inputs: Any) -> list[Any]:
+def autocast(query: Any, *others: Any) -> list[Any]:
     """What autocast does to the inputs of scaled_dot_product_attention: floating tensors but float64 take its dtype."""
+    if not isinstance(query, Tensor) or not _autocasts(query.device):
+        return [query, *others]  # the others are on the device of query, or will be refused
+    dtype = torch.get_autocast_dtype(query.device.type)
 
-    def cast(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not _autocasts(x.device) or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    def casts(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
-    return [cast(x) for x in inputs]
+    return [x.to(dtype) if casts(x) else x for x in (query, *others)]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

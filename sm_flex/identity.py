@@ -19,6 +19,7 @@ from sm_flex._checks import plain_eager
 from sm_flex.engines import Call, Settings, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue, log_mass_grad
+from sm_flex.visibility import dead_rows
 
 ENGINES: dict[str, ModuleType] = {
     "flash": flash,
@@ -53,7 +54,7 @@ def attend(
     if plain_eager() and not _differentiable(q, k, v, bias, table):
         # In a decode step the Function alone would cost more than the attention.
         call = Call(q, k, v, bias, cu_q, cu_k, settings)
-        out, lse, _ = _forward(engine, call, mass if table is None else table)
+        out, lse, _ = _forward(engine, call, mass if table is None else table, want_lse)
         return out, lse if want_lse else None
     gamma, positions = (mass.gamma, mass.positions) if table is None else (None, None)
     restarts = mass.cu_seqlens is not None
@@ -73,14 +74,15 @@ def _differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def _forward(engine: str, call: Call, mass: Tensor | Mass) -> tuple[Tensor, Tensor, State]:
+def _forward(engine: str, call: Call, mass: Tensor | Mass, want_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
     """out', lse' and what the engine's backward wants kept."""
     out, lse, state = ENGINES[engine].forward(call)
     if call.bias is not None:
-        dead = torch.isneginf(call.bias).all(-1)
+        dead = dead_rows(call.bias, call.settings.causal)
         lse = lse.masked_fill(dead, -torch.inf)
         out = out.masked_fill(dead.unsqueeze(-1), 0.0)
-    out, lse = epilogue(out, lse, mass, in_place=True)
+    may_be_dead = call.bias is not None or call.settings.may_be_dead
+    out, lse = epilogue(out, lse, mass, in_place=True, may_be_dead=may_be_dead, want_lse=want_lse)
     return out, lse, state
 
 

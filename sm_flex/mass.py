@@ -74,18 +74,56 @@ class Mass(NamedTuple):
         short call. It is found by value, so that a gamma or positions changed in place are never missed.
         """
         inputs = (self.gamma, self.positions, self.cu_seqlens, self.sink)
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and not self.learned and self.gamma.device.type == "cpu":
+            return torch.ops.sm_flex.log_mass_table(*inputs, self.length, self.num_queries, dtype == torch.float64)
         # A trace would keep the table as a constant, and selective checkpointing counts on the same operations each time.
         if self.learned or not plain_eager() or not all(x is None or readable(x) for x in inputs):
             return self.table(dtype)
+        key = (dtype, self.length, self.num_queries)
         for known in tuple(_TABLES):  # other threads append
-            if known.key == (dtype, self.length, self.num_queries) and all(map(_same, known.inputs, inputs)):
+            if known.key == key and all(map(_same, known.inputs, inputs)):
                 return known.table
         with torch.inference_mode(False), torch.no_grad():
             copies = tuple(None if x is None else x.detach().clone() for x in inputs)
             table = self.table(dtype)
         if table.numel() <= KEPT:
-            _TABLES.append(_Known((dtype, self.length, self.num_queries), copies, table))
+            _TABLES.append(_Known(key, copies, table))
         return table
+
+
+@torch.library.custom_op("sm_flex::log_mass_table", mutates_args={}, device_types="cpu")
+def _log_mass_table(
+    gamma: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sink: Tensor | None,
+    length: int,
+    num_queries: int,
+    precise: bool,
+) -> Tensor:
+    """shared_table() in compiled code, which would compute its logarithms anew in each call, one number at a time."""
+    dtype = torch.float64 if precise else torch.float32
+    mass = Mass(gamma, positions, cu_seqlens, length, num_queries, sink)
+    # A tracer that folds constants runs the op itself. A copy: compiled code may write to what an op returns.
+    return mass.table(dtype) if torch.compiler.is_compiling() else mass.shared_table(dtype).clone()
+
+
+@_log_mass_table.register_fake
+def _(
+    gamma: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sink: Tensor | None,
+    length: int,
+    num_queries: int,
+    precise: bool,
+) -> Tensor:
+    rows = (num_queries,) if positions is None else positions.shape
+    shape = (*rows[:-1], 1 if gamma.dim() == 0 else gamma.shape[0], rows[-1])
+    if sink is not None:
+        shape = torch.broadcast_shapes(shape, (sink.numel(), 1) if sink.dim() < 2 else sink.shape)
+    return gamma.new_empty(shape, dtype=torch.float64 if precise else torch.float32)
 
 
 class _Known(NamedTuple):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sm_flex._checks import check_no_transform
 from sm_flex.mass import Mass
-from sm_flex.share import exp_difference, pseudo_share, shares
+from sm_flex.share import exp_difference, pseudo_share, shares, shares_alive
 
 # Imported here and not where it is called, which may be traced. A CPU build of torch comes without Triton.
 if torch.version.cuda is not None and find_spec("triton") is not None:
@@ -74,6 +74,7 @@ class _Remask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         new_out, new_lse = epilogue(out, lse, log_mass, in_place=False)
+        assert new_lse is not None
         ctx.save_for_backward(out, lse, log_mass, new_lse)
         return new_out, new_lse
 
@@ -92,8 +93,12 @@ class _Remask(torch.autograd.Function):
         )
 
 
-def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+def epilogue(
+    out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool, may_be_dead: bool = True, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """(out', lse') without autograd; out (..., S, D), lse (..., S), mass a table of log M or, on a GPU, what it depends on.
+
+    may_be_dead: some lse may be -inf. want_lse: on a GPU lse' comes for nothing, and always.
 
     in_place lets it write into out, where that is safe: never under a dispatch mode, which may have kept out for itself
     (an eager selective checkpoint does). lse' is always a new tensor.
@@ -105,8 +110,9 @@ def epilogue(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -
         return remask_kernel.launch(out, lse, mass, in_place=in_place)
     if isinstance(mass, Mass):
         mass = mass.table(lse.dtype)
-    share, new_lse = shares(lse, mass)
-    share = share.unsqueeze(-1).to(out.dtype)
+    share, new_lse = shares(lse, mass) if may_be_dead else shares_alive(lse, mass, want_lse)
+    # Every row is written: finding those that s leaves unchanged, as the GPU's kernel does, takes a CPU longer (to S = 4k).
+    share = (share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1)
     if in_place and not torch.compiler.is_compiling():
         return out.mul_(share), new_lse
     return out * share, new_lse

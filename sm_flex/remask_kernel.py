@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from sm_flex._checks import plain_eager
 from sm_flex.mass import HUGE, Mass
 from sm_flex.share import shares
 
@@ -163,6 +164,11 @@ def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> 
         return new_out.reshape(out.shape), new_lse.reshape(lse.shape)
     # Triton launches on the current device; compiled code guards for itself.
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(out):
+        if plain_eager() and type(out) is Tensor and not out.requires_grad:
+            # Nobody to tell of the mutation: the ops cost the host several times the launch.
+            new_out, new_lse = out if in_place else torch.empty_like(out), torch.empty_like(lse)
+            _launch(remask_kernel, out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, in_place)
+            return new_out, new_lse
         if in_place:
             return out, remask_in_place_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
         return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)

@@ -2,13 +2,20 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def shares(lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The real share s of each row and lse'."""
+    """The real share s of each row and lse'. A dead row, lse = -inf, has share 0, also where log M = -inf too."""
     dead = torch.isneginf(lse)
     share = torch.sigmoid(lse.masked_fill(dead, 0.0) - log_mass).masked_fill(dead, 0.0)
     return share, torch.logaddexp(lse, log_mass)
+
+
+def shares_alive(lse: Tensor, log_mass: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """shares() where no row is dead, in less than half the time: logaddexp is slow in the layout of the CPU op's lse."""
+    gap = lse - log_mass
+    return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs()) if want_lse else None
 
 
 def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
@@ -221,7 +222,9 @@ def test_compiles_for_a_gpu_without_one():
     """One variant, ahead of time, in a process where Triton does not interpret; the whole table is benchmarks.kernel_report."""
     script = (
         "import torch, benchmarks.kernel_report as r\n"
-        "used = r.resources(r.compile_variant(90, torch.bfloat16, 128, True, 'arange'))\n"
+        "asm = r.compile_variant(90, torch.bfloat16, 128, True, 'arange')\n"
+        "used = r.resources(asm['cubin'])\n"
+        "assert r.bits(asm['ptx']) == (128, 128), r.bits(asm['ptx'])\n"
         "assert used['LOCAL'] == used['STACK'] == 0 and 0 < used['REG'] <= 128, used"
     )
     import os
@@ -229,3 +232,25 @@ def test_compiles_for_a_gpu_without_one():
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_plain_eager_launch_goes_past_the_ops(in_place: bool, monkeypatch: pytest.MonkeyPatch):
+    """The ops tell dispatch modes and tracers of the mutation; where there are none they only cost time."""
+    called: list[str] = []
+    for name in ("remask_op", "remask_in_place_op"):
+        op = getattr(rk, name)
+        monkeypatch.setattr(rk, name, lambda *args, name=name, op=op: called.append(name) or op(*args))
+    out, lse = problem(37, 24, torch.float32)
+    mass = Mass(torch.tensor([0.3, 0.1, 0.0]).to(DEVICE), None, None, 40, 37)
+    share, expected_lse = shares(lse, mass.table(torch.float32))
+    kept = out.clone()
+    new_out, new_lse = rk.launch(out, lse, mass, in_place=in_place)
+    assert not called
+    assert (new_out is out) == in_place
+    assert in_place or torch.equal(out, kept)
+    torch.testing.assert_close(new_out, kept * share.unsqueeze(-1))
+    torch.testing.assert_close(new_lse, expected_lse)
+    with FlopCounterMode(display=False):
+        rk.launch(kept, lse, mass, in_place=in_place)
+    assert called == ["remask_in_place_op" if in_place else "remask_op"]

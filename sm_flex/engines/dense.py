@@ -15,8 +15,8 @@ from sm_flex.remask import remask
 from sm_flex.visibility import VisibleRows, vmap_bhqk
 
 # Scores held at a time, in elements.
-BLOCK_SCORES = 1 << 22
-MIN_ROWS = 32
+BLOCK_SCORES = 1 << 19
+MIN_ROWS = 16
 
 
 def attend(
@@ -27,39 +27,44 @@ def attend(
     visible: VisibleRows,
     *,
     scale: float,
+    aligned: bool = True,
     bias: Tensor | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """out' (B, H, S, Dv) in q's dtype and lse' (B, H, S).
 
-    log_mass broadcasts to (B, H, S); visible(first, end) gives rows of the mask; bias broadcasts to (B, H, S, T).
+    log_mass broadcasts to (B, H, S); visible(first, end) gives rows of the mask, aligned if it shows no row i a key beyond
+    i + T - S; bias broadcasts to (B, H, S, T).
     """
     batch, heads, num_rows, _ = q.shape
     kv_heads, num_keys = k.shape[1:3]
     wide_v = v.to(log_mass.dtype)
-    weigh = weights_by_rows(q, k, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
+    weigh = weights_by_rows(k, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
     log_mass = log_mass.expand(*log_mass.shape[:-1], num_rows)
 
-    def block(start: int, end: int) -> tuple[Tensor, Tensor]:
-        weights, lse = weigh(start, end)
+    def block(q_block: Tensor, start: int, keys: int) -> tuple[Tensor, Tensor]:
+        rows = q_block.shape[2]
+        weights, lse = weigh(q_block, start, keys)
         if dropout_p > 0:
             weights = torch.dropout(weights, dropout_p, train=True)
-        grouped = weights.reshape(batch, kv_heads, heads // kv_heads * (end - start), num_keys)
-        out = (grouped @ wide_v).reshape(batch, heads, end - start, v.shape[-1])
-        out, lse = remask(out, lse, log_mass[..., start:end])
+        grouped = weights.reshape(batch, kv_heads, heads // kv_heads * rows, keys)
+        out = (grouped @ wide_v[:, :, :keys]).reshape(batch, heads, rows, v.shape[-1])
+        out, lse = remask(out, lse, log_mass[..., start : start + rows])
         return out.to(q.dtype), lse
 
     spans = row_blocks(batch, heads, num_rows, num_keys)
     if len(spans) == 1:
-        return block(0, num_rows)
+        return block(q, 0, num_keys)
     blocks = []
-    for start, end in spans:
+    # split(), whose backward puts the blocks' gradients side by side; a slice's fills a whole q with zeros.
+    for (start, end), q_block in zip(spans, q.split(spans[0][1], dim=2), strict=True):
+        keys = min(max(1, end + num_keys - num_rows), num_keys) if aligned else num_keys
         if torch.is_grad_enabled():
             # Each block is computed again in the backward: no S x T matrix is kept.
-            blocks.append(checkpoint(block, start, end, use_reentrant=False, preserve_rng_state=dropout_p > 0))
+            blocks.append(checkpoint(block, q_block, start, keys, use_reentrant=False, preserve_rng_state=dropout_p > 0))
         else:
-            blocks.append(block(start, end))
+            blocks.append(block(q_block, start, keys))
     outs, lses = zip(*blocks, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -75,7 +80,6 @@ def row_blocks(batch: int, heads: int, num_rows: int, num_keys: int) -> list[tup
 
 
 def weights_by_rows(
-    q: Tensor,
     k: Tensor,
     visible: VisibleRows,
     dtype: torch.dtype,
@@ -83,27 +87,29 @@ def weights_by_rows(
     scale: float,
     bias: Tensor | None = None,
     score_mod: Callable[..., Tensor] | None = None,
-) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """(first row, end row) -> ordinary attention's weights (B, H, rows, T) and its lse (B, H, rows), before any mass.
+) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+    """(rows of q, the first of them, K) -> ordinary attention's weights (B, H, rows, K) for the first K keys, and its lse
+    (B, H, rows), before any mass.
 
     A row that sees nothing has weights 0 and lse -inf.
     """
-    batch, heads, _, dim = q.shape
-    kv_heads, num_keys = k.shape[1:3]
+    batch, kv_heads = k.shape[:2]
     wide_k = k.to(dtype)
     if score_mod is not None:
         score_mod = vmap_bhqk(score_mod, scored=True)
 
-    def weigh(start: int, end: int) -> tuple[Tensor, Tensor]:
-        q_block = q[:, :, start:end].to(dtype) * scale
-        grouped = q_block.reshape(batch, kv_heads, heads // kv_heads * (end - start), dim)
-        scores = (grouped @ wide_k.transpose(-1, -2)).reshape(batch, heads, end - start, num_keys)
+    def weigh(q_block: Tensor, start: int, keys: int) -> tuple[Tensor, Tensor]:
+        heads, rows, dim = q_block.shape[1:]
+        end = start + rows
+        grouped = (q_block.to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+        scores = (grouped @ wide_k[:, :, :keys].transpose(-1, -2)).reshape(batch, heads, rows, keys)
         if bias is not None:
-            scores = scores + bias[..., start:end, :] if bias.shape[-2] > 1 else scores + bias
+            part = bias[..., :keys] if bias.shape[-1] > 1 else bias
+            scores = scores + (part[..., start:end, :] if bias.shape[-2] > 1 else part)
         if score_mod is not None:
-            b, h, kv = [torch.arange(n, device=q.device) for n in (batch, heads, num_keys)]
-            scores = score_mod(scores, b, h, torch.arange(start, end, device=q.device), kv).to(dtype)
-        scores = torch.where(visible(start, end), scores, -torch.inf)
+            b, h, kv = [torch.arange(n, device=k.device) for n in (batch, heads, keys)]
+            scores = score_mod(scores, b, h, torch.arange(start, end, device=k.device), kv).to(dtype)
+        scores = torch.where(visible(start, end)[..., :keys], scores, -torch.inf)
         dead = torch.isneginf(scores).all(-1)
         scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)
         weights = torch.softmax(scores, dim=-1).masked_fill(dead.unsqueeze(-1), 0.0)

@@ -26,7 +26,7 @@ def attend(
     ordered: bool,
     kernel_options: dict[str, Any],
     max_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out' (B, H, S, Dv), lse' (B, H, S) and, if asked for, the largest score of each row of A_SM (B, H, S)."""
     narrowed = narrow_block_mask(block_mask, q.shape[2], k.shape[2], q.device) if ordered else block_mask
     out, aux = flex_attention(  # pyright: ignore[reportCallIssue]

@@ -1,10 +1,18 @@
 """Which engine serves a call. The choice follows from what the call needs, never from a failure of something else.
 
-torch's flex     an inner score_mod, a block_mask, or options for its kernel, on CUDA
-flash, cuDNN,    on CUDA, what torch's own scaled_dot_product_attention would take for the same call, so that its
-efficient        priorities, its limits and sdpa_kernel() contexts hold here too
-cpu              on a CPU, all that PyTorch's CPU flash op takes
-dense            everything else: other devices, float64 on CUDA, score_mods and block masks on a CPU, ...
+BACKEND AUTO takes the first line that fits the call; the figure is the fact that the line rests on, benchmarks.speed its source.
+
+device  call                                 engine and the figure behind it
+CUDA    options of torch's flex kernels, an  flex: the only one that takes them
+        inner score_mod, a block_mask
+CUDA    bf16, fp16, fp32                     flash, cuDNN or efficient: what torch's scaled_dot_product_attention takes, whose
+                                             order, limits and sdpa_kernel() contexts hold here too; not measured yet
+CUDA    packed, bf16 and fp16                varlen: not measured yet, and the only one that takes them
+CPU     all that PyTorch's flash op takes    cpu: at S = 1k the formula of the paper takes 5.6 times as long
+CPU     packed                               varlen_cpu: the same op, for one document or one block of a window after another
+any     everything else: other devices,      dense: the only one that takes them
+        float64 on CUDA; on a CPU score_mods,
+        block masks and dropout
 """
 
 from typing import NamedTuple

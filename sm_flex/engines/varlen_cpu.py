@@ -66,16 +66,26 @@ def _varlen_cpu_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The pieces of a window share keys: their sums are kept in the precision of lse.
-    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape, dtype=lse.dtype), v.new_zeros(v.shape, dtype=lse.dtype)
-    for rows, keys, causal, bias in _pieces(cu_q, cu_k, window, q.dtype):
-        piece_dq, piece_dk, piece_dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    def gradients(rows: slice, keys: slice, causal: bool, bias: Tensor | None) -> list[Tensor]:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _piece(grad_out, rows), _piece(q, rows), _piece(k, keys), _piece(v, keys), _piece(out, rows),
             lse[:, rows].unsqueeze(0), 0.0, causal, attn_mask=bias, scale=scale,
         )  # fmt: skip
-        dq[rows] = to_thd(piece_dq)
-        dk[keys] += to_thd(piece_dk)
-        dv[keys] += to_thd(piece_dv)
+        return [to_thd(x) for x in grads]
+
+    whole = window == -1 and torch.equal(cu_q, cu_k) and cu_q[0] == 0 and cu_q[-1] == q.shape[0]
+    if whole:
+        # Documents share no key: their gradients go side by side, one of the three at a time, to hold less at once.
+        parts = [gradients(*piece) for piece in _pieces(cu_q, cu_k, window, q.dtype)]
+        dq, dk, dv = [torch.cat([part.pop(0) for part in parts]) for _ in range(3)]
+        return dq, dk, dv
+    # The pieces of a window share keys: their sums are kept in the precision of lse.
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape, dtype=lse.dtype), v.new_zeros(v.shape, dtype=lse.dtype)
+    for rows, keys, causal, bias in _pieces(cu_q, cu_k, window, q.dtype):
+        piece_dq, piece_dk, piece_dv = gradients(rows, keys, causal, bias)
+        dq[rows] = piece_dq
+        dk[keys] += piece_dk
+        dv[keys] += piece_dv
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
