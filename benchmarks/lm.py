@@ -1,7 +1,7 @@
 """Does it help? A small LLaMA-style decoder learns real text with StableMask and with its rivals, and is measured.
 
     python -m benchmarks.lm                # causal against StableMask on Python's own standard library; minutes on two cores
-    python -m benchmarks.lm --variants all --seeds 3 --text benchmarks/out/anarchism     # the published run: 45 minutes on a core
+    python -m benchmarks.lm --variants all --seeds 3 --steps 1000 --text benchmarks/out/anarchism    # published: 45 minutes
     python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3        # on a GPU
 
 A run is made of pieces, a variant and a seed each (lm_train.py), first every variant with seed 0, then with seed 1. Whatever
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import lm_figures, report
 from benchmarks.lm_measures import measure
-from benchmarks.lm_presets import PRESETS, Size, parameters
+from benchmarks.lm_presets import PRESETS, READING, Size, parameters
 from benchmarks.lm_record import notes, record_of, tables
 from benchmarks.lm_text import read_text
 from benchmarks.lm_tokens import DATASETS, Corpus, read_dataset, tokenise
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         f"{corpus.name}: {corpus.documents[0]} documents, {corpus.text_bytes[0]:,} bytes, {len(corpus.training):,} tokens; "
         f"validation: {corpus.documents[1]} documents, {corpus.text_bytes[1]:,} bytes\n"
         f"{args.preset}: {parameters(size):,} parameters, {size.steps * size.rows * size.length:,} tokens a piece"
+        + (f"\n{READING}" if args.preset != "tiny" else "")
     )
     if not args.finished:
         train_all(pieces)

@@ -67,18 +67,20 @@ class Mass(nn.Module):
     """The variant's StableMask for tokens at given positions. Each layer has its own, and so its own learned sinks."""
 
     gamma: Tensor
+    sink: Tensor | None
 
     def __init__(self, variant: Variant, heads: int, length: int) -> None:
         super().__init__()
         self.variant, self.length = variant, length
         gamma = headwise_gamma(heads) if variant.gamma == "headwise" else torch.tensor(float(variant.gamma))
         self.register_buffer("gamma", gamma, persistent=False)
+        self.register_buffer("sink", None if variant.sink is None else torch.tensor(variant.sink), persistent=False)
         self.sinks = nn.Parameter(torch.zeros(heads)) if variant.learned_sink else None
         self.progress = 1.0  # part of the training that is done
 
     def forward(self, positions: Tensor, score_mod: ScoreMod | None = None) -> StableMask:
         """positions: (S,) or (B, S), of each query in its own piece of text."""
-        sink = self.sinks if self.sinks is not None else self.variant.sink
+        sink = self.sink if self.sinks is None else self.sinks
         if self.variant.constant is not None:
             sink = log_mass(0.0, positions, self.length) + self.variant.constant
         if self.variant.faded and self.progress < 0.5:

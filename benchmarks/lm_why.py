@@ -124,7 +124,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """The difference from causal attention along the training: left over settings, right over masses."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     groups = {
         left: [(r["setting"], r) for r in results if r["variant"] == "stablemask"],
@@ -138,7 +138,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
         axes.set_xlabel("training steps")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("loss minus causal's (nats a byte)")
     figure.savefig(path, dpi=130)
