@@ -24,7 +24,7 @@ import json
 import shlex
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -59,9 +59,30 @@ def parse(argv: list[str]) -> tuple[report.Parser, argparse.Namespace]:
     return parser, parser.parse_args(argv)
 
 
+def names_of(variants: str) -> list[str]:
+    names = [name.strip() for name in variants.split(",")]
+    return [v.name for v in ALL] if names == ["all"] else list(dict.fromkeys(names))
+
+
+def check_result(stem: Path, size: Size, corpus: Corpus) -> None:
+    """Raises FileExistsError where the folder holds the result of another configuration, which would be overwritten."""
+    path = stem.with_name(stem.name + ".json")
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError):
+        config = {}
+    for name, value in {**asdict(size), "text": corpus.name, "tokens": corpus.fingerprint}.items():
+        if config.get(name) != value:
+            raise FileExistsError(
+                f"--out: {path} is the result of another configuration, with {name} {config.get(name)} where this run has "
+                f"{value}: give another folder, or move that result away"
+            )
+
+
 def pieces_of(args: argparse.Namespace, size: Size, corpus: Corpus, device: torch.device) -> list[Piece]:
-    names = [v.name for v in ALL] if args.variants == "all" else args.variants.split(",")
-    variants = [named(name) for name in dict.fromkeys(names)]
+    variants = [named(name) for name in names_of(args.variants)]
     if args.position == "alibi" and any(variant.rescaled for variant in variants):
         raise ValueError("--position: stablemask-rescaled is a study of rope alone")
     run = args.run or report.OUT / f"lm-{args.preset}-{args.position}"
@@ -100,7 +121,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         if args.steps is not None:
             report.at_least("--steps", args.steps, 1)
             size = replace(size, steps=args.steps, warmup=max(1, round(size.warmup * args.steps / size.steps)))
-        for name in [] if args.variants == "all" else args.variants.split(","):
+        for name in names_of(args.variants):
             named(name)
         corpus = tokenise(read_dataset(args.dataset) if args.dataset else read_text(args.text), size.vocab)
         rows_for(corpus, size)
@@ -109,6 +130,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
             raise ValueError(f"--finished: no piece of this run is finished in {pieces[0].folder.parent}")
         what = "lm" if args.preset == "tiny" and args.position == "rope" else f"lm-{args.preset}-{args.position}"
         stem = report.result_stem(report.out_folder(args.out), what.lower(), device)
+        check_result(stem, size, corpus)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(
@@ -132,4 +154,8 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

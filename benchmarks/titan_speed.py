@@ -31,6 +31,7 @@ import torch._utils
 from torch.utils.data import IterableDataset
 
 from benchmarks import report
+from sm_flex_torchtitan.versions import check_versions
 
 WARM_UP = 5
 DOCUMENT = 700  # the mean length
@@ -52,7 +53,8 @@ def parse(argv: list[str] | None) -> Any:
         for option in ("layers", "length", "batch", "steps", "repeats"):
             report.at_least(f"--{option}", getattr(args, option), 2 if option == "steps" else 1)
         report.out_folder(args.out)
-    except (ValueError, OSError) as error:
+        check_versions()
+    except (ImportError, ValueError, OSError) as error:
         parser.error(str(error))
     return args
 

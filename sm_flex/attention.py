@@ -184,7 +184,7 @@ def scaled_dot_product_attention(
     _checks.check_qkv(query, key, value, enable_gqa, "BHSD")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask must not both be given: attn_mask narrows the causal slots already")
-    if not is_causal and attn_mask is None and query.shape[2] > 1:
+    if not is_causal and attn_mask is None and query.shape[2] > 1 and score_mod.ordered:
         raise ValueError(
             "is_causal must be True, or attn_mask given, with a StableMask, which is causal. Where S != T pass "
             "attn_mask=torch.ones(S, T, dtype=torch.bool), which is narrowed to the causal slots, or use flex_attention"

@@ -99,6 +99,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unordered without positions": (make(0.5, length=9, ordered=False), ValueError, "positions are required with ordered=False"),
     "unordered without block_mask": (flex(mask=positions(7, ordered=False)), ValueError, "block_mask is required with .*ordered=False"),
     "unordered sdpa": (sdpa(mask=positions(7, ordered=False), attn_mask=torch.ones(7, 7) > 0), ValueError, "block_mask is required .*use flex_attention"),
+    "unordered sdpa without a mask": (sdpa(mask=positions(7, ordered=False)), ValueError, "block_mask is required .*use flex_attention"),
     "unordered varlen": (varlen(positions(7, ordered=False)), ValueError, "block_mask is required .*use flex_attention"),
     "presoftmax with length": (lambda: stablemask(0.5, length=9).presoftmax(*(Q,) * 5), ValueError, "without length and positions"),
     # options of flex_attention
