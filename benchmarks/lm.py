@@ -62,6 +62,8 @@ def parse(argv: list[str]) -> tuple[report.Parser, argparse.Namespace]:
 def pieces_of(args: argparse.Namespace, size: Size, corpus: Corpus, device: torch.device) -> list[Piece]:
     names = [v.name for v in ALL] if args.variants == "all" else args.variants.split(",")
     variants = [named(name) for name in dict.fromkeys(names)]
+    if args.position == "alibi" and any(variant.rescaled for variant in variants):
+        raise ValueError("--position: stablemask-rescaled is a study of rope alone")
     run = args.run or report.OUT / f"lm-{args.preset}-{args.position}"
     if run.exists() and not run.is_dir():
         raise NotADirectoryError(f"--run: {run} is not a folder")

@@ -70,10 +70,8 @@ class Plan:
 class Attention(nn.Module):
     slopes: Tensor
 
-    def __init__(self, size: Size, variant: Variant, position: str) -> None:
+    def __init__(self, size: Size, variant: Variant) -> None:
         super().__init__()
-        if variant.rescaled and position == "alibi":
-            raise ValueError(f"--position: {variant.name} is for rope")
         self.heads = size.heads
         self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
@@ -134,9 +132,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, size: Size, variant: Variant, position: str) -> None:
+    def __init__(self, size: Size, variant: Variant) -> None:
         super().__init__()
-        self.norm_1, self.attention = nn.RMSNorm(size.width, eps=1e-6), Attention(size, variant, position)
+        self.norm_1, self.attention = nn.RMSNorm(size.width, eps=1e-6), Attention(size, variant)
         self.norm_2, self.mlp = nn.RMSNorm(size.width, eps=1e-6), SwiGLU(size)
 
     def forward(self, x_TW: Tensor, plan: Plan) -> Tensor:
@@ -151,7 +149,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim, self.position = size.width // size.heads, position
         self.embed = nn.Embedding(size.vocab + 2, size.width)
-        self.blocks = nn.ModuleList(Block(size, variant, position) for _ in range(size.layers))
+        self.blocks = nn.ModuleList(Block(size, variant) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, size.vocab, bias=False)
         self.places = nn.Embedding(size.length + 1, size.width) if position == "absolute" else None

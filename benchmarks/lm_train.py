@@ -163,7 +163,8 @@ def train(piece: Piece, watch: Watch) -> None:
         watch(piece, size.rows * size.length / piece.seconds[-1])
         if (step + 1) % every == 0 or step + 1 == size.steps:
             piece.validation.append((step + 1, *validate(piece, model, held_out_RL)))
-            piece.peak_mib = peak_mib(piece.device)
+            known = [x for x in (piece.peak_mib, peak_mib(piece.device)) if x is not None]  # before a kill, and since
+            piece.peak_mib = max(known, default=None)
             piece.save(model, optimizer)
 
 

@@ -232,6 +232,7 @@ def _prepare(home: Path) -> None:
         (["--steps", "many"], "invalid int value"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--position", "learned"], "invalid choice"),
+        (["--position", "alibi", "--variants", "causal,stablemask-rescaled"], "stablemask-rescaled is a study of rope alone"),
         (["--preset", "3B"], "invalid choice"),
         (["--dataset", "wikitext-103", "--text", "text"], "not allowed with"),
         (["--out", "short.txt"], "not a folder"),
