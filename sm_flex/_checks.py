@@ -81,6 +81,8 @@ def check_sink(sink: Any) -> Tensor:
         raise TypeError(f"sink must be a number or a floating tensor, got {type(sink).__name__}")
     if not sink < float("inf"):
         raise ValueError(f"sink must be a number below inf, got {sink}")
+    if abs(sink) > sys.float_info.max and sink != -float("inf"):
+        raise ValueError(f"sink must be a float64, or -inf, got an int of {len(str(abs(sink)))} digits")
     return torch.tensor(float(sink), dtype=torch.float64)
 
 

@@ -185,6 +185,8 @@ def _within_documents(
     rows: VisibleRows, cu_seqlens: Tensor, mask: StableMask | None, num_queries: int, num_keys: int, device: torch.device
 ) -> VisibleRows:
     _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    if mask is not None and not mask.ordered:
+        raise ValueError("cu_seqlens is for rows in order: with ordered=False visible alone says who sees whom")
     if num_queries != num_keys:
         raise ValueError(
             f"cu_seqlens is for equal query and key lengths, got S={num_queries}, T={num_keys}: say with visible which "

@@ -97,10 +97,9 @@ def _in_row_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """The CPU op on a block of queries after another, S != T: causality is a bias then, which would be S x T."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    positions = mass.positions
-    assert positions is not None, "required where lengths differ"
+    table = mass.shared_table(wide(q))
 
-    def block(q_block: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+    def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor | None]:
         end = start + q_block.shape[2]
         keys = min(max(1, end + num_keys - num_queries), num_keys)
         bias = visibility.banded_bias(start + num_keys - num_queries, end - start, keys, -1, q.dtype)
@@ -108,10 +107,7 @@ def _in_row_blocks(
             part = attn_mask[..., :keys] if attn_mask.shape[-1] > 1 else attn_mask
             part = part[..., start:end, :] if part.shape[-2] > 1 else part
             bias = torch.where(part, bias, -math.inf) if part.dtype == torch.bool else bias + part
-        sink = mass.sink
-        if sink is not None and sink.dim() > 1 and sink.shape[-1] > 1:
-            sink = sink[..., start:end]
-        rows = mass._replace(positions=positions[..., start:end], num_queries=end - start, sink=sink)
+        rows = table[..., start:end]
         q_block, block_scale = _positive_scale("cpu", q_block, scale)
         settings = Settings(False, block_scale)
         return identity.attend("cpu", q_block, k[:, :, :keys], v[:, :, :keys], bias, rows, settings, want_lse=want_lse)
@@ -120,7 +116,9 @@ def _in_row_blocks(
     for i, q_block in enumerate(q.split(size, dim=2)):
         if torch.is_grad_enabled():
             # Computed again in the backward: the biases of all blocks together are S x T.
-            out, lse = checkpoint(block, q_block, i * size, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+            # As its arguments, what it reads is saved, and one written to before the backward raises.
+            reads = (k, v, attn_mask)
+            out, lse = checkpoint(block, q_block, i * size, *reads, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
         else:
             out, lse = block(q_block, i * size)
         outs.append(out)
@@ -154,6 +152,7 @@ def _dense(
         score_mod=mask.score_mod,
         dropout_p=dropout_p,
         aligned=mask.ordered,
+        reads=seen if isinstance(seen, Tensor) else None,
     )
 
 
@@ -176,7 +175,9 @@ def attend_packed(
     _checks.check_scale(scale)
     scale = score_scale(scale, q.shape[-1])
     mass = mask.mass(q.device, q.shape[0], k.shape[0], cu_q if mask.positions is None else None)
-    settings = Settings(True, scale, 0.0, cu_q is not cu_k, window, max_q, max_k)
+    # Compiled, nobody has looked whether the documents end before the rows do.
+    may_be_dead = cu_q is not cu_k or torch.compiler.is_compiling()
+    settings = Settings(True, scale, 0.0, may_be_dead, window, max_q, max_k)
     with no_autocast(q.device):
         if paged:
             call = Call(q, k, v, None, cu_q, cu_k, settings)

@@ -40,24 +40,30 @@ def attend(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    mass: Mass,
+    mass: Mass | Tensor,
     settings: Settings,
     *,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the ENGINES; differentiable in q, k, v, bias, gamma and sink."""
+    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the ENGINES; differentiable in q, k, v, bias, gamma and sink.
+
+    mass: what log M depends on, or its table.
+    """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     # The kernel works log M out by itself; elsewhere, with a sink, and where log M has a gradient, it is a small table.
-    table = mass.shared_table(wide) if mass.learned or mass.sink is not None or not q.is_cuda else None
+    table = mass if isinstance(mass, Tensor) else None
+    if isinstance(mass, Mass) and (mass.learned or mass.sink is not None or not q.is_cuda):
+        table = mass.shared_table(wide)
     if plain_eager() and not _differentiable(q, k, v, bias, table):
         # In a decode step the Function alone would cost more than the attention.
         call = Call(q, k, v, bias, cu_q, cu_k, settings)
         out, lse, _ = _forward(engine, call, mass if table is None else table, want_lse)
         return out, lse if want_lse else None
-    gamma, positions = (mass.gamma, mass.positions) if table is None else (None, None)
-    restarts = mass.cu_seqlens is not None
+    gamma, positions, length, restarts = None, None, 0, False
+    if isinstance(mass, Mass) and table is None:
+        gamma, positions, length, restarts = mass.gamma, mass.positions, mass.length, mass.cu_seqlens is not None
     # Dynamo wants the tensors of an autograd Function to be distinct.
     cu_k = None if cu_k is cu_q else cu_k
     k = k.view_as(k) if k is q else k
@@ -65,7 +71,7 @@ def attend(
     # lse' is an output even where nobody asked for it, so that a second derivative sees it. Compiled code has none, and would
     # take its gradient, always there when traced, for one of the caller's.
     both = want_lse or not torch.compiler.is_compiling()
-    result = _Attend.apply(engine, settings, mass.length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
+    result = _Attend.apply(engine, settings, length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
     out, lse = result if both else (result, None)
     return out, lse if want_lse else None
 

@@ -127,6 +127,8 @@ def stablemask(
         check_positions(positions)
         if length is None:
             raise ValueError("length is required where positions are given: pass stablemask(..., length=N), the training length")
+    if not isinstance(ordered, bool):
+        raise TypeError(f"ordered must be True or False, got {type(ordered).__name__}")
     if not ordered and positions is None:
         raise ValueError("positions are required with ordered=False: pass stablemask(..., positions=..., length=N)")
     if isinstance(score_mod, StableMask):

@@ -280,6 +280,8 @@ MASK = stablemask(0.5, length=9)
 STEP = stablemask(0.5, length=9, positions=torch.tensor([6]))
 DIAGNOSTICS = (attention_map, first_token_share, real_share)
 CU7 = torch.tensor([0, 3, 7], dtype=torch.int32)
+UNORDERED = stablemask(0.5, length=9, positions=torch.arange(7), ordered=False)
+CAUSAL = create_block_mask(lambda b, h, i, j: i >= j, None, None, 7, 7, device="cpu")
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "a number for a mask": ((Q, K, 0.5), {}, TypeError, "mask must be a StableMask, or None.*got float.*stablemask"),
     "no tensor": (([1.0], K, MASK), {}, TypeError, "query must be a tensor, got list"),
@@ -302,6 +304,10 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     "cu_seqlens 2-D": ((Q, K, MASK), {"cu_seqlens": CU[None]}, ValueError, r"cu_seqlens must be \(documents \+ 1,\)"),
     "cu_seqlens short": ((Q, K, MASK), {"cu_seqlens": CU}, ValueError, "cu_seqlens must rise from 0 to the number of rows, 7"),
     "cu_seqlens without length": ((Q, K, stablemask(0.5)), {"cu_seqlens": CU7}, ValueError, "length is required with cu_seqlens"),
+    "cu_seqlens unordered": (
+        (Q, K, UNORDERED), {"cu_seqlens": CU7, "visible": CAUSAL},
+        ValueError, "cu_seqlens is for rows in order.*ordered=False",
+    ),
     "cu_seqlens of a step": ((Q[:, :, :1], K, STEP), {"cu_seqlens": CU7}, ValueError, "cu_seqlens is for.*S=1, T=7.*visible"),
 }  # fmt: skip
 

@@ -7,10 +7,12 @@ import torch
 from problems import check, gradients, qkv
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
-from sm_flex import flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex import dispatch, flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex.engines import dense
 from sm_flex.testing import assert_as_good_as, oracle
 from sm_flex.visibility import narrow_block_mask
 
@@ -193,3 +195,70 @@ def test_head_dim_of_zero():
     q = torch.empty(5, 2, 0)
     out = varlen_attn(q, q, q, cu, cu, 5, 5, window_size=(-1, 0), score_mod=stablemask(0.3, length=9))
     assert out.shape == (5, 2, 0)
+
+
+@pytest.mark.parametrize("path", ["chunk", "dense"])
+@pytest.mark.parametrize("what", ["key", "value", "attn_mask", "positions", "gamma", "sink"])
+def test_what_changes_before_the_backward_of_row_blocks(path: str, what: str, monkeypatch: pytest.MonkeyPatch):
+    """Row blocks are computed again in the backward: from what the forward saw, or autograd's own error says what was changed."""
+    monkeypatch.setattr(dispatch, "ROWS", 4)
+    monkeypatch.setattr(dense, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(dense, "MIN_ROWS", 4)
+    q, k, v = qkv(1, 2, 2, 9, 13, 8)
+    q.requires_grad_()
+    mask = torch.ones(9, 13, dtype=torch.bool)
+    positions, gamma, sink = torch.arange(4, 13), torch.tensor([0.1, 0.5]).double(), torch.zeros(1, 9).double()
+    changed = {"key": k, "value": v, "attn_mask": mask, "positions": positions, "gamma": gamma, "sink": sink}[what]
+
+    def loss() -> Tensor:
+        allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if path == "chunk" else [SDPBackend.MATH]
+        with sdpa_kernel(allowed):
+            rule = stablemask(gamma, length=40, positions=positions, sink=sink)
+            return scaled_dot_product_attention(q, k, v, mask, score_mod=rule).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(), q)
+    late = loss()
+    changed.copy_(~changed if changed.dtype == torch.bool else changed + 1)
+    if what in ("key", "value", "attn_mask"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+    else:
+        torch.testing.assert_close(torch.autograd.grad(late, q)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_rows_after_the_last_document_are_zero(grad: bool, fresh_compiler: None):
+    """Compiled, where nobody reads cu_seq_q: rows beyond it see nothing, at p = N-1 and at gamma = inf too. NaN would spread."""
+    cu = torch.tensor([0, 5, 9], dtype=torch.int32)
+    gamma = torch.tensor([math.inf, 0.5])
+    q, k, v = [x[0].transpose(0, 1).requires_grad_(grad) for x in qkv(1, 2, 2, 14, 14, 8, torch.float32)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        mask = stablemask(gamma, length=8)
+        out = varlen_attn(q, k, v, cu, cu, 5, 5, window_size=(-1, 0), score_mod=mask)
+        assert isinstance(out, Tensor)
+        return out
+
+    out = torch.compile(attend, fullgraph=True)(q, k, v, cu)
+    expected = attend(q[:9], k[:9], v[:9], cu)
+    torch.testing.assert_close(out, torch.cat([expected, torch.zeros(5, 2, 8)]))
+    if grad:
+        found, wanted = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)]
+        torch.testing.assert_close(found, wanted)
+
+
+def test_compiled_keys_after_the_last_document_have_no_gradient(fresh_compiler: None):
+    """A longer buffer of keys than the documents fill: its gradient has its length."""
+    cu = torch.tensor([0, 5, 9], dtype=torch.int32)
+    mask = stablemask(0.5, length=8, positions=torch.tensor([*range(5), *range(4)]))
+    q, k, v = [x[0].transpose(0, 1).requires_grad_() for x in qkv(1, 2, 2, 9, 12, 8, torch.float32)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        out = varlen_attn(q, k, v, cu, cu, 5, 5, window_size=(-1, 0), score_mod=mask)
+        assert isinstance(out, Tensor)
+        return out
+
+    outs = torch.compile(attend, fullgraph=True)(q, k, v, cu), attend(q, k[:9], v[:9], cu)
+    found, wanted = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in outs]
+    torch.testing.assert_close(outs[0], outs[1])
+    torch.testing.assert_close(found, wanted)

@@ -96,6 +96,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "called by hand": (lambda: stablemask(0.5)(Q, *(Q,) * 4), TypeError, "sm_flex.flex_attention"),
     "torch's own flex": (lambda: torch_flex_attention(Q, Q, Q, score_mod=stablemask(0.5)), Exception, "sm_flex.flex_attention"),
     # ordered
+    "ordered None": (make(0.5, length=9, ordered=None), TypeError, "ordered must be True or False, got NoneType"),
     "unordered without positions": (make(0.5, length=9, ordered=False), ValueError, "positions are required with ordered=False"),
     "unordered without block_mask": (flex(mask=positions(7, ordered=False)), ValueError, "block_mask is required with .*ordered=False"),
     "unordered sdpa": (sdpa(mask=positions(7, ordered=False), attn_mask=torch.ones(7, 7) > 0), ValueError, "block_mask is required .*use flex_attention"),

@@ -272,6 +272,7 @@ def test_on_a_gpu(compiled: bool, name: str):
         (lambda: stablemask(0.5, sink="0"), TypeError, "sink must be a number.*str"),  # pyright: ignore
         (lambda: stablemask(0.5, sink=math.nan), ValueError, "sink must be a number below inf, got nan"),
         (lambda: stablemask(0.5, sink=math.inf), ValueError, "sink must be a number below inf, got inf"),
+        (lambda: stablemask(0.5, sink=-(10**400)), ValueError, "sink must be a float64, or -inf, got an int of 401 digits"),
         (lambda: stablemask(0.5, sink=torch.zeros(3, dtype=torch.int64)), TypeError, "sink must be a floating tensor, got dtype"),
         (lambda: stablemask(0.5, sink=torch.zeros(1, 1, 1, 1)), ValueError, r"sink must be 0-d, \(H,\), .* got shape"),
         (lambda: stablemask(0.5, sink=torch.tensor([0.0, math.nan])), ValueError, "sink must be below inf"),

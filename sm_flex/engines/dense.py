@@ -31,11 +31,12 @@ def attend(
     bias: Tensor | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     dropout_p: float = 0.0,
+    reads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out' (B, H, S, Dv) in q's dtype and lse' (B, H, S).
 
     log_mass broadcasts to (B, H, S); visible(first, end) gives rows of the mask, aligned if it shows no row i a key beyond
-    i + T - S; bias broadcasts to (B, H, S, T).
+    i + T - S; bias broadcasts to (B, H, S, T); reads is the mask behind visible, if it is one tensor.
     """
     batch, heads, num_rows, _ = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -43,7 +44,7 @@ def attend(
     weigh = weights_by_rows(k, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
     log_mass = log_mass.expand(*log_mass.shape[:-1], num_rows)
 
-    def block(q_block: Tensor, start: int, keys: int) -> tuple[Tensor, Tensor]:
+    def block(q_block: Tensor, start: int, keys: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = q_block.shape[2]
         weights, lse = weigh(q_block, start, keys)
         if dropout_p > 0:
@@ -61,8 +62,10 @@ def attend(
     for (start, end), q_block in zip(spans, q.split(spans[0][1], dim=2), strict=True):
         keys = min(max(1, end + num_keys - num_rows), num_keys) if aligned else num_keys
         if torch.is_grad_enabled():
-            # Each block is computed again in the backward: no S x T matrix is kept.
-            blocks.append(checkpoint(block, q_block, start, keys, use_reentrant=False, preserve_rng_state=dropout_p > 0))
+            # Each block is computed again in the backward: no S x T matrix is kept. As its arguments, what it reads is
+            # saved, and one written to before the backward raises.
+            used = (start, keys, k, v, bias, reads)
+            blocks.append(checkpoint(block, q_block, *used, use_reentrant=False, preserve_rng_state=dropout_p > 0))
         else:
             blocks.append(block(q_block, start, keys))
     outs, lses = zip(*blocks, strict=True)

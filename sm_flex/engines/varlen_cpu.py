@@ -73,7 +73,7 @@ def _varlen_cpu_backward(
         )  # fmt: skip
         return [to_thd(x) for x in grads]
 
-    whole = window == -1 and torch.equal(cu_q, cu_k) and cu_q[0] == 0 and cu_q[-1] == q.shape[0]
+    whole = window == -1 and torch.equal(cu_q, cu_k) and cu_q[0] == 0 and cu_q[-1] == q.shape[0] == k.shape[0]
     if whole:
         # Documents share no key: their gradients go side by side, one of the three at a time, to hold less at once.
         parts = [gradients(*piece) for piece in _pieces(cu_q, cu_k, window, q.dtype)]
