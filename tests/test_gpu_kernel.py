@@ -33,9 +33,9 @@ MASSES = {
 
 
 def mass_of(name: str) -> Mass:
-    gamma, positions, cu_seqlens, length, num_queries = MASSES[name]()
-    positions, cu_seqlens = (None if x is None else x.to(DEVICE) for x in (positions, cu_seqlens))
-    return Mass(gamma.to(DEVICE), positions, cu_seqlens, length, num_queries)
+    mass = MASSES[name]()
+    positions, cu_seqlens = (None if x is None else x.to(DEVICE) for x in (mass.positions, mass.cu_seqlens))
+    return mass._replace(gamma=mass.gamma.to(DEVICE), positions=positions, cu_seqlens=cu_seqlens)
 
 
 def problem(dim: int, dtype: torch.dtype, layout: str = "BSHD") -> tuple[Tensor, Tensor]:

@@ -284,3 +284,13 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(
     assert why in capsys.readouterr().err
     after = {path: path.read_bytes() for part in ("out", "run") for path in Path(part).rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_result_of_another_run_is_refused_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(folder, "--steps", "6")
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--steps", "5", "--run", str(folder.parent / "another"))
+    assert stopped.value.code == 2
+    assert "is the result of another configuration, with steps 6 where this run has 5" in capsys.readouterr().err
+    assert not (folder.parent / "another").exists()
+    assert losses(run(folder, "--steps", "6", "--finished")) == losses(first)
