@@ -1,6 +1,6 @@
 """Does it help? A small LLaMA-style decoder learns real text with StableMask and with its rivals, and is measured.
 
-    python -m benchmarks.lm                # causal against StableMask on Python's own standard library; minutes on two cores
+    python -m benchmarks.lm                # causal against StableMask on Python's own standard library; two minutes on two cores
     python -m benchmarks.lm --variants all --seeds 3 --steps 1000 --text benchmarks/out/anarchism    # published: 45 minutes
     python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3        # on a GPU
 
