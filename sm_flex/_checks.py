@@ -5,6 +5,7 @@ them elsewhere would wait for the device.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def plain_eager() -> bool:
         or forward_ad._current_level >= 0
         or _get_current_dispatch_mode() is not None
     )
+
+
+def differentiable(*inputs: Tensor | None) -> bool:
+    """Whether autograd records what is done with the inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a tensor of the shape is broadcastable to the full one."""
+    return len(shape) <= len(full) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(full), strict=False))
 
 
 def check_no_transform() -> None:
@@ -145,7 +156,7 @@ def _check_sink_fits(sink: Tensor, batch: int, heads: int, num_queries: int, dev
     if sink.dim() == 1 and sink.shape[0] != heads:
         raise ValueError(f"sink must have one value for each of the {heads} query heads, got {sink.shape[0]}")
     full = (batch, heads, num_queries)
-    if sink.dim() > 1 and not all(a in (1, b) for a, b in zip(reversed(sink.shape), reversed(full), strict=False)):
+    if sink.dim() > 1 and not broadcasts(sink.shape, full):
         raise ValueError(f"sink must be broadcastable to (B, H, S) = {full}, got {tuple(sink.shape)}")
 
 
@@ -216,8 +227,7 @@ def check_attn_mask(attn_mask: Any, query: Tensor, key: Tensor, name: str = "att
     if attn_mask.device != query.device:
         raise ValueError(f"{name} must be on the device of query, {query.device}, got {attn_mask.device}")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    fits = 1 <= attn_mask.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(attn_mask.shape), reversed(full), strict=False))
-    if not fits:
+    if attn_mask.dim() == 0 or not broadcasts(attn_mask.shape, full):
         way_out = ": a (B, T) padding mask goes in as mask[:, None, None, :]" if attn_mask.dim() == 2 else ""
         raise ValueError(f"{name} must be broadcastable to (B, H, S, T) = {full}, got {tuple(attn_mask.shape)}{way_out}")
 
@@ -261,7 +271,7 @@ def check_varlen(
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
             raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
-    if torch.is_grad_enabled() and _learns(query, key, value, mask.gamma, mask.sink):
+    if differentiable(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:
                 raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
@@ -282,10 +292,6 @@ def check_varlen(
             continue
         check_cu_seqlens(name, cu, query.device)
     _check_documents(query, key, cu_q, cu_k, mask, paged)
-
-
-def _learns(*inputs: Tensor | None) -> bool:
-    return any(x is not None and x.requires_grad for x in inputs)
 
 
 def check_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm_flex._checks import plain_eager
+from sm_flex._checks import differentiable, plain_eager
 from sm_flex.engines import Call, Settings, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
 from sm_flex.mass import Mass
 from sm_flex.remask import epilogue, log_mass_grad
@@ -56,7 +56,7 @@ def attend(
     table = mass if isinstance(mass, Tensor) else None
     if isinstance(mass, Mass) and (mass.learned or mass.sink is not None or not q.is_cuda):
         table = mass.shared_table(wide)
-    if plain_eager() and not _differentiable(q, k, v, bias, table):
+    if plain_eager() and not differentiable(q, k, v, bias, table):
         # In a decode step the Function alone would cost more than the attention.
         call = Call(q, k, v, bias, cu_q, cu_k, settings)
         out, lse, _ = _forward(engine, call, mass if table is None else table, want_lse)
@@ -74,10 +74,6 @@ def attend(
     result = _Attend.apply(engine, settings, length, restarts, both, q, k, v, bias, cu_q, cu_k, table, gamma, positions)
     out, lse = result if both else (result, None)
     return out, lse if want_lse else None
-
-
-def _differentiable(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _forward(engine: str, call: Call, mass: Tensor | Mass, want_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:

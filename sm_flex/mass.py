@@ -17,7 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sm_flex._checks import check_gamma, check_length, check_position_values, check_positions, plain_eager, readable
+from sm_flex._checks import (
+    check_gamma,
+    check_length,
+    check_position_values,
+    check_positions,
+    differentiable,
+    plain_eager,
+    readable,
+)
 
 # x^2, x^4, ... coefficients of log(sinh(x/2) / (x/2)); below |x| = SMALL they are exact to 1e-14.
 SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
@@ -46,8 +54,7 @@ class Mass(NamedTuple):
     @property
     def learned(self) -> bool:
         """Whether log M gets a gradient."""
-        inputs = (self.gamma, self.sink)
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        return differentiable(self.gamma, self.sink)
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """log M, (1, S) or (H, S); (B, 1, S) or (B, H, S) where positions are (B, S)."""

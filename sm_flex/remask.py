@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import check_no_transform
+from sm_flex._checks import broadcasts, check_no_transform
 from sm_flex.mass import Mass
 from sm_flex.share import exp_difference, pseudo_share, shares, shares_alive
 
@@ -60,10 +60,7 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"lse must have the shape of out without its last dimension, {tuple(out.shape[:-1])}, got {tuple(lse.shape)}"
         )
-    fits = log_mass.dim() <= lse.dim() and all(
-        a in (1, b) for a, b in zip(reversed(log_mass.shape), reversed(lse.shape), strict=False)
-    )
-    if not fits:
+    if not broadcasts(log_mass.shape, lse.shape):
         raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
     check_no_transform()
     new_out, new_lse = _Remask.apply(out, lse, log_mass.to(lse.dtype))
