@@ -142,6 +142,11 @@ def _widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tup
     factors = factor.unsqueeze(-1).expand_as(extra)
     return (
         call._replace(q=q, k=k, v=v),
-        torch.cat([grad_out.to(out.dtype), factors], dim=-1),
-        torch.cat([out, extra], dim=-1),
+        _with_columns(grad_out.to(out.dtype), factors),
+        _with_columns(out, extra),
     )
+
+
+def _with_columns(x_BHSD: Tensor, columns_BHSW: Tensor) -> Tensor:
+    """Both side by side, (B, H, S, D + W) over (B, S, H, D + W) memory, as the kernels' own outputs are."""
+    return torch.cat([x_BHSD.transpose(1, 2), columns_BHSW.transpose(1, 2)], dim=-1).transpose(1, 2)

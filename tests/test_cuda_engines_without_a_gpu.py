@@ -1,11 +1,15 @@
 """What can be known of the CUDA engines on a machine without one: that their calls fit torch's ops, and who is chosen."""
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sm_flex import identity
@@ -87,6 +91,50 @@ def test_flops_are_counted_as_torchs_own(engine: str):
             module.backward(call, torch.empty_like(out), out, lse, state, False)
     assert forward.get_total_flops() == 2 * 2 * 2 * 4 * 64 * 64 * 32
     assert backward.get_total_flops() == backward_over_forward * forward.get_total_flops()
+
+
+class EfficientBackwardSpy(TorchDispatchMode):
+    """Notes the `out` that the memory-efficient backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outs: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_efficient_attention_backward.default:
+            self.outs.append(args[5])
+        return func(*args, **(kwargs or {}))
+
+
+@fake_cuda
+@pytest.mark.parametrize("lse_grad", [False, True])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+@pytest.mark.parametrize(
+    ("num_queries", "masked"), [(37, False), (37, True), (5, True)], ids=["square", "masked", "chunk against a cache"]
+)
+def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
+    num_queries: int, masked: bool, layout: str, lse_grad: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """In half precision its kernel takes H * D for the stride of out's rows, whatever the tensor's strides say."""
+    monkeypatch.setattr(sys.modules["sm_flex.remask"], "remask_kernel", None)  # the epilogue in PyTorch, on fake tensors
+
+    def made(rows: int, heads: int) -> Tensor:
+        return fake(2, rows, heads, 64).transpose(1, 2) if layout == "BSHD" else fake(2, heads, rows, 64)
+
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = made(num_queries, 6), made(37, 3), made(37, 3)
+        bias = fake(1, 1, num_queries, 37) if masked else None
+        call = Call(q, k, v, bias, None, None, Settings(not masked, 0.1))
+        out, lse, state = identity._forward("efficient", call, torch.empty(1, num_queries, device=CUDA))
+        assert lse is not None
+        grad_out = torch.empty(2, 6, num_queries, 64, device=CUDA, dtype=q.dtype)
+        if lse_grad:
+            call, grad_out, out = identity._widened(call, grad_out, out, torch.empty_like(lse))
+        with EfficientBackwardSpy() as spy:
+            identity.ENGINES["efficient"].backward(call, grad_out, out, lse, state, masked)
+    (given,) = spy.outs
+    heads, dim = given.shape[1], given.shape[-1]
+    assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need, **kwargs) -> str:

@@ -28,6 +28,9 @@ def forward(call: Call) -> Forward:
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
     at = call.settings
     lse = pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=math.inf)
+    # In bf16 and fp16 the kernel takes H * D for the stride of out's rows, whatever out says: other memory gives wrong
+    # gradients, or reads past its end. No copy where out is the forward's own buffer.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     dq, dk, dv, dbias = aten._scaled_dot_product_efficient_attention_backward(
         rows_contiguous(grad_out), *_inputs(call), _aligned_bias(call), out, lse, *state, at.dropout_p,
         [True, True, True, want_bias], at.causal, scale=at.scale,
