@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks import report
-from benchmarks.lm_text import SEPARATOR, cut_rows, read_text
+from benchmarks.lm.text import SEPARATOR, cut_rows, read_text
 from sm_flex_transformers import GammaSchedule
 
 CAUSAL, AT_ONCE, SCHEDULED = "causal", "head-wise from the start", "gamma schedule"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sm_flex
 from benchmarks import report
-from benchmarks.speed_timing import Call, training_peak
+from benchmarks.speed.timing import Call, training_peak
 from sm_flex import headwise_gamma, stablemask
 from sm_flex.visibility import narrow_block_mask
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.lm_text import BYTES, Text, read_text
+from benchmarks.lm.text import BYTES, Text, read_text
 from sm_flex_launcher.request import BadInput, take_request
 
 PROG = "python -m benchmarks.nanogpt_curves"

@@ -1,0 +1,221 @@
+"""One piece of a run: a variant trained from one seed, in a folder of its own, with a checkpoint that it resumes from.
+
+A piece is the same whatever happens to it: weights and batches follow from the seed, the checkpoint holds the rest (weights,
+optimizer, losses so far), and a piece killed at any step goes on from its last checkpoint with the losses that it would have
+had. (On a CPU with the same number of threads to the bit.)
+"""
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import report
+from benchmarks.lm.model import Decoder
+from benchmarks.lm.presets import Size
+from benchmarks.lm.text import IGNORED, Packed, batches, pack, rows_of
+from benchmarks.lm.tokens import Corpus, replace_whole
+from benchmarks.lm.variants import Variant
+
+CHECKPOINT = "checkpoint.pt"
+# Called after every step: (piece, tokens a second).
+Watch = Callable[["Piece", float], None]
+
+
+@dataclass
+class Piece:
+    """A variant and a seed, and what is known of them."""
+
+    variant: Variant
+    seed: int
+    size: Size
+    position: str
+    corpus: Corpus
+    folder: Path
+    device: torch.device
+    training: list[float] = field(default_factory=list)  # nats a token, each step
+    validation: list[tuple[int, float, float]] = field(default_factory=list)  # (steps done, nats a byte, nats a token)
+    seconds: list[float] = field(default_factory=list)  # each step
+    peak_mib: float | None = None
+    commit: str = ""
+
+    @property
+    def done(self) -> bool:
+        return len(self.training) == self.size.steps
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What makes this piece this piece and no other."""
+        size = asdict(self.size)
+        return {
+            "variant": self.variant.name, "seed": self.seed, "position": self.position, "text": self.corpus.name,
+            "tokens": self.corpus.fingerprint, **size,
+        }  # fmt: skip
+
+    @property
+    def lead(self) -> int | None:
+        return self.corpus.artificial if self.variant.token else None
+
+    def pack(self, rows_RL: Tensor) -> Packed:
+        return pack(rows_RL, self.device, self.corpus.separator, self.lead)
+
+    def new_model(self) -> Decoder:
+        torch.manual_seed(self.seed)
+        return Decoder(self.size, self.variant, self.position).to(self.device)
+
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint, if there is one, and what it says of the training so far; ValueError if it is of another piece."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            theirs = saved["config"]
+        except Exception as error:
+            raise ValueError(f"--run: {path} is no checkpoint of benchmarks.lm ({type(error).__name__}): move it away") from None
+        for name in {**theirs, **self.config}:
+            old, new = theirs.get(name), self.config.get(name)
+            if old != new:
+                raise ValueError(
+                    f"--run: {path} was trained with {name} = {old}, and this run has {new}: give another --run folder, or "
+                    "delete that one"
+                )
+        self.training, self.seconds = list(saved["training"]), list(saved["seconds"])
+        self.validation = [tuple(x) for x in saved["validation"]]
+        self.peak_mib, self.commit = saved["peak_mib"], saved["commit"]
+        return saved
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        saved = {
+            "config": self.config, "training": self.training, "validation": self.validation, "seconds": self.seconds,
+            "peak_mib": self.peak_mib, "commit": self.commit, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        replace_whole(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows_for(corpus: Corpus, size: Size) -> tuple[Tensor, Tensor]:
+    """Rows of the training text, and validation_rows of the other, evenly spread over it."""
+    training_RL, validation_RL = rows_of(corpus.training, size.length), rows_of(corpus.validation, size.length)
+    if len(training_RL) < size.rows or len(validation_RL) < 1:
+        raise ValueError(
+            f"--text: {corpus.name} is too short: a batch takes {size.rows} rows of {size.length} tokens to train on and 1 to "
+            f"validate on, got {len(training_RL)} and {len(validation_RL)}"
+        )
+    chosen = torch.linspace(0, len(validation_RL) - 1, min(size.validation_rows, len(validation_RL))).long()
+    return training_RL, validation_RL[chosen]
+
+
+def learning_rate(step: int, size: Size) -> float:
+    """Linear from first_lr to peak_lr over the warmup, then down to last_lr, linear or along a cosine."""
+    if step < size.warmup:
+        return size.first_lr + (size.peak_lr - size.first_lr) * (step + 1) / size.warmup
+    part = (step - size.warmup) / max(1, size.steps - size.warmup)
+    down = part if size.decay == "linear" else (1 - math.cos(math.pi * part)) / 2
+    return size.peak_lr + (size.last_lr - size.peak_lr) * down
+
+
+def low_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def new_optimizer(model: nn.Module, size: Size) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]  # norms and learned sinks do not decay
+    groups = [{"params": matrices, "weight_decay": size.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, size.beta_2), eps=1e-8, fused=True)
+
+
+def train(piece: Piece, watch: Watch) -> None:
+    """Train what is left to train, and leave a checkpoint at each validation."""
+    size = piece.size
+    training_RL, held_out_RL = rows_for(piece.corpus, size)
+    saved = piece.load()
+    if piece.done:
+        return
+    model = piece.new_model()
+    optimizer = new_optimizer(model, size)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    piece.commit = piece.commit or report.commit()
+    every = max(1, size.steps // size.validations)
+    source = itertools.islice(batches(training_RL, size.rows, piece.seed), len(piece.training), None)
+    reset_peak(piece.device)
+    for step in range(len(piece.training), size.steps):
+        start = time.perf_counter()
+        for attention in model.attentions:
+            attention.mass.progress = step / size.steps
+        piece.training.append(one_step(piece, model, optimizer, next(source), learning_rate(step, size)))
+        piece.seconds.append(time.perf_counter() - start)  # the loss was read, which waits for the GPU
+        watch(piece, size.rows * size.length / piece.seconds[-1])
+        if (step + 1) % every == 0 or step + 1 == size.steps:
+            piece.validation.append((step + 1, *validate(piece, model, held_out_RL)))
+            known = [x for x in (piece.peak_mib, peak_mib(piece.device)) if x is not None]  # before a kill, and since
+            piece.peak_mib = max(known, default=None)
+            piece.save(model, optimizer)
+
+
+def one_step(piece: Piece, model: Decoder, optimizer: torch.optim.Optimizer, rows_RL: Tensor, lr: float) -> float:
+    """A step of the optimizer, and the loss before it (nats a token)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    parts = [piece.pack(part) for part in rows_RL.split(piece.size.at_once)]
+    count = sum(int((part.targets_T != IGNORED).sum()) for part in parts)
+    total = torch.zeros((), device=piece.device)
+    for part in parts:
+        with low_precision(piece.device):
+            loss = model.losses(part).sum() / count
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item()
+
+
+@torch.no_grad()
+def validate(piece: Piece, model: Decoder, held_out_RL: Tensor) -> tuple[float, float]:
+    """Nats a byte and nats a token."""
+    nats = tokens = text = 0.0
+    for rows_RL in held_out_RL.split(min(16, piece.size.at_once * 4)):
+        batch = piece.pack(rows_RL)
+        with low_precision(piece.device):
+            nats += model.losses(batch).double().sum().item()
+        seen = batch.targets_T[batch.targets_T != IGNORED].cpu()
+        tokens += len(seen)
+        text += piece.corpus.bytes_of[seen].sum().item()
+    return nats / text, nats / tokens
+
+
+def median_speed(piece: Piece) -> float:
+    """Tokens a second of the median step."""
+    return piece.size.rows * piece.size.length / statistics.median(piece.seconds)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Most memory since reset_peak: the GPU's as PyTorch counts it, on Linux the whole process's; else not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)

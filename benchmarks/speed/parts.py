@@ -1,0 +1,172 @@
+"""What benchmarks.speed measures beside whole attention calls: the epilogue alone, a decode step, the first compiled call."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.speed.cases import DTYPES, Case
+from benchmarks.speed.timing import one_line, ratio, spread, turns
+from sm_flex import headwise_gamma, log_mass, scaled_dot_product_attention, stablemask
+from sm_flex.remask import epilogue
+from sm_flex.testing import oracle
+
+Row = dict[str, Any]
+# 1 - s at or above this can change a number of the dtype, a quarter of its eps (DESIGN: half the gap below a power of two).
+QUARTER_EPS = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-25}
+
+
+def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: float) -> list[Row]:
+    """The remask in place on an engine's buffers, at gamma 0 and head-wise: bytes that it must move over its time.
+
+    Every row's lse is read and lse' written, 4 bytes each; out is read and written in the tiles of rows (on a GPU; elsewhere
+    everywhere) where some share changes it. lse is that of scores with deviation 1: log(p + 1) + 1/2.
+    """
+    dtype = DTYPES[case.dtype]
+    shape = (case.batch, case.length, case.heads, case.head_dim)
+    lse = ((torch.arange(case.length, device=device) + 1.0).log() + 0.5).expand(case.batch, case.heads, -1).contiguous()
+    # In (B, S, H, D) memory, as flash leaves it; two, each far beyond the L2 cache on a GPU.
+    outs = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(2)]
+    gammas = {"headwise": headwise_gamma(case.heads).to(device), "zero": torch.zeros(case.heads, device=device)}
+    calls: dict[str, Callable[[int], Any]] = {}
+    errors = {}
+    for name, gamma in gammas.items():
+        mass = stablemask(gamma, length=case.length).mass(device, case.length, case.length)
+        share = torch.sigmoid(lse - log_mass(gamma, torch.arange(case.length, device=device), case.length))
+        found, _ = epilogue(outs[0].clone(), lse, mass, in_place=True)
+        exact = outs[0].double() * share.double().unsqueeze(-1)
+        errors[name] = float((found.double() - exact).abs().max() / exact.abs().max())
+        del found, exact
+        calls[name] = lambda i, mass=mass: epilogue(outs[i % 2], lse, mass, in_place=True)
+    times = turns(calls, device, seconds)
+    rows: list[Row] = []
+    for name, gamma in gammas.items():
+        touched = _touched(lse, gamma, case, dtype, device)
+        moved = lse.numel() * 8 + touched * 2 * outs[0].numel() * dtype.itemsize
+        found = spread(times[name])
+        gbps = moved / found["median"] / 1e6
+        values = {"touched": touched, "bytes": moved, "GB/s": gbps, "of copy bandwidth": gbps / copy_gbps}
+        if name == "headwise":
+            values["of gamma 0's time"] = ratio(times[name], times["zero"])["median"]
+        row = {"variant": f"epilogue, {name}", "gamma": name, "ms": {"forward": found}, "values": values}
+        rows.append(row | ({"check": errors[name]} if errors[name] < 2**-7 else {"error": f"wrong by {errors[name]:.2e}"}))
+    return rows
+
+
+def _touched(lse: Tensor, gamma: Tensor, case: Case, dtype: torch.dtype, device: torch.device) -> float:
+    """The fraction of out that has to be read and written."""
+    if device.type != "cuda":
+        return 1.0
+    from sm_flex.remask_kernel import block_shape
+
+    tile, _ = block_shape(case.head_dim, dtype.itemsize)
+    share = torch.sigmoid(lse[0].double() - log_mass(gamma.double(), torch.arange(case.length, device=device), case.length))
+    changed = (1 - share) >= QUARTER_EPS[dtype]
+    padded = F.pad(changed, (0, -case.length % tile))
+    return float(padded.unflatten(-1, (-1, tile)).any(-1).double().mean())
+
+
+@torch.no_grad()
+def decode_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
+    """One query against a cache of case.length keys: eager as a host sees it, and on a GPU replayed from a CUDA graph."""
+    dtype, length = DTYPES[case.dtype], case.length
+    q = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device, dtype=dtype)
+    k, v = (torch.randn(case.batch, case.kv_heads, length, case.head_dim, device=device, dtype=dtype) for _ in range(2))
+    gamma = headwise_gamma(case.heads).to(device)
+    positions = torch.tensor([length - 1], device=device)
+    mask = stablemask(gamma, length=2 * length, positions=positions)
+    gqa = case.heads != case.kv_heads
+    plain = lambda _: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)  # noqa: E731
+    ours = lambda _: scaled_dot_product_attention(q, k, v, enable_gqa=gqa, score_mod=mask)  # noqa: E731
+    repeats = case.heads // case.kv_heads
+    exact, _ = oracle(
+        q[:1], *(x[:1].repeat_interleave(repeats, 1) for x in (k, v)), gamma=gamma, length=2 * length, positions=positions
+    )
+    error = float((ours(0)[:1].double() - exact).abs().max() / exact.abs().max())
+    if error > 0.02:
+        return [{"variant": "decode, StableMask", "error": f"wrong: {error:.2e} of its largest value off eq. 11"}]
+    rows = _decode_pair("eager, wall clock", turns({"plain": plain, "ours": ours}, device, seconds / 2, wall=True), error)
+    if device.type == "cuda":
+        try:
+            graphs = {"plain": _graph(plain), "ours": _graph(ours)}
+            times = turns({name: lambda _, g=g: g.replay() for name, g in graphs.items()}, device, seconds / 2)
+            rows += _decode_pair("CUDA graph", times, error)
+        except Exception as problem:  # an error is a row of the result
+            rows.append({"variant": "decode, CUDA graph", "error": one_line(problem)})
+    return rows
+
+
+def _decode_pair(how: str, times: dict[str, list[float]], error: float) -> list[Row]:
+    over = ratio(times["ours"], times["plain"])
+    return [
+        {"variant": f"decode, plain, {how}", "ms": {"forward": spread(times["plain"])}},
+        {
+            "variant": f"decode, StableMask, {how}",
+            "gamma": "headwise",
+            "engine": how,
+            "ms": {"forward": spread(times["ours"])},
+            "ratio": {"same engine": {"forward": over}},
+            "check": error,
+        },
+    ]
+
+
+def _graph(call: Callable[[int], Any], calls: int = 16) -> torch.cuda.CUDAGraph:
+    """Several calls in one graph, so that its own launch does not count."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            call(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return graph
+
+
+FIRST_CALL = """
+import json, sys, time, torch
+from sm_flex import headwise_gamma, scaled_dot_product_attention, stablemask
+device, heads, length, dim, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), getattr(torch, sys.argv[5])
+q, k, v = [torch.randn(1, heads, length, dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+mask = stablemask(headwise_gamma(heads).to(device), length=length)
+def ours(q, k, v): return scaled_dot_product_attention(q, k, v, is_causal=True, score_mod=mask)
+def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+call = torch.compile(plain if sys.argv[6] == "plain" else ours, fullgraph=True)
+start = time.perf_counter()
+call(q, k, v).sum().backward()
+if device == "cuda": torch.cuda.synchronize()
+print(json.dumps(time.perf_counter() - start))
+"""
+
+
+def first_call_rows(case: Case, device: torch.device) -> list[Row]:
+    """Seconds of the first compiled forward and backward pass in a new process without the compiler's caches."""
+    rows: list[Row] = []
+    path = os.pathsep.join([str(report.ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path.strip(os.pathsep)}
+    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
+    for what in ("plain", "StableMask"):
+        options = [device.type, str(case.heads), str(case.length), str(case.head_dim), dtype, what]
+        row: Row = {"variant": f"first compiled call, {what}", "role": what}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_CALL, *options], env=environment, capture_output=True, text=True, timeout=120
+            )
+            if done.returncode:
+                row["error"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            else:
+                row["values"] = {"seconds": json.loads(done.stdout.splitlines()[-1])}
+        except subprocess.TimeoutExpired:
+            row["error"] = "took over 120 s"
+        rows.append(row)
+    return rows

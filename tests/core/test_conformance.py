@@ -1,0 +1,256 @@
+"""check_attention has teeth: planted errors are caught, each by the law it breaks, and the reported code reproduces them."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sm_flex import log_mass
+from sm_flex.testing import Report, check_attention
+from sm_flex.testing.__main__ import main
+from sm_flex.testing.conformance import Result, plan, refusals, search
+
+ROOT = Path(__file__).parents[2]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    visible: Tensor | None,
+    scale: float | None,
+    error: str = "",
+) -> tuple[Tensor, Tensor]:
+    """StableMask in plain PyTorch, in float32 at least, with one error planted."""
+    num_queries, num_keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    rows = torch.arange(num_queries) if positions is None else positions
+    if error == "mass off by one row":
+        rows = rows + 1
+    if error == "gamma of the wrong head under GQA":
+        gamma = gamma.unflatten(0, (groups, -1)).T.flatten()
+    if error == "mass that follows the cache length":
+        length = num_keys
+    if error == "packed positions not restarting" and visible is not None:
+        rows = torch.arange(num_keys - num_queries, num_keys)
+    leak = error == "future leak of one key" and visible is None
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries + leak)
+    seen = seen if visible is None else visible
+    wide = torch.promote_types(q.dtype, torch.float32)
+    wide_k, wide_v = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = q.to(wide) @ wide_k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    real = scores.masked_fill(~seen, -1e30)
+    lse = torch.logsumexp(real, -1)
+    if error == "lse cast to bf16 before the share":
+        lse = lse.bfloat16().to(wide)
+    new_lse = torch.logaddexp(lse, log_mass(gamma, rows, length))
+    nothing = new_lse < -1e29  # neither a key nor any mass
+    out = (torch.exp(real - new_lse.unsqueeze(-1)).masked_fill(nothing.unsqueeze(-1), 0.0) @ wide_v).to(q.dtype)
+    new_lse = new_lse.masked_fill(nothing, -math.inf)
+    if error == "dropped lse gradient":
+        new_lse = new_lse.detach()
+    if error == "lse cast to bf16":
+        new_lse = new_lse.bfloat16().to(wide)
+    if error == "lse returned in bf16":
+        new_lse = new_lse.bfloat16()
+    if error == "out scaled but lse not":
+        new_lse = lse.masked_fill(nothing, -math.inf)
+    if error == "zeros":
+        out = out * 0
+    if error == "plain causal attention":
+        out, new_lse = out * torch.exp(new_lse - lse).unsqueeze(-1).to(out.dtype), lse
+    return out, new_lse
+
+
+def with_error(error: str) -> Any:
+    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, **request, error=error)
+
+    return fn
+
+
+# Each error, a law that it breaks, and one that it leaves whole.
+ERRORS = {
+    "mass off by one row": ("equation_11", "infinite_gamma_is_causal_attention"),
+    "gamma of the wrong head under GQA": ("grouped_heads", "equation_11"),
+    "mass that follows the cache length": ("a_prefix_has_a_prefix", "no_row_sees_the_future"),
+    "future leak of one key": ("no_row_sees_the_future", "linear_in_v"),
+    "dropped lse gradient": ("gradient_of_lse", "gradients"),
+    "lse cast to bf16": ("log_sum_exp", "equation_11"),
+    "lse cast to bf16 before the share": ("log_sum_exp", "no_row_sees_the_future"),
+    "lse returned in bf16": ("log_sum_exp", ""),
+    "packed positions not restarting": ("packed_is_one_by_one", "positions"),
+    "out scaled but lse not": ("rows_sum_to_the_real_share", "equation_11"),
+    "zeros": ("equation_11", "log_sum_exp"),
+    "plain causal attention": ("equation_11", "infinite_gamma_is_causal_attention"),
+}
+
+
+def outcome(fn: Any, law: str, dtype: torch.dtype = torch.float32, max_examples: int = 20) -> Result:
+    """What check_attention finds for one law."""
+    steps = {step[0]: step for step in plan(fn, grads=True, dtype=dtype, device="cpu")}
+    name, check, requests, why_not = steps[law]
+    return Result(name, "not run", why=why_not) if why_not else search(name, check, fn, requests, max_examples)
+
+
+def test_without_an_error_nothing_is_caught():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        report = check_attention(attention, dtype=dtype, max_examples=5)
+        assert report.failed == report.not_run == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("error", ERRORS)
+def test_planted_error_is_caught(error: str, dtype: torch.dtype):
+    broken, whole = ERRORS[error]
+    assert outcome(with_error(error), broken, dtype).status == "failed"
+    assert not whole or outcome(with_error(error), whole, dtype).status == "passed"
+
+
+@pytest.mark.parametrize("law", ["equation_11", "a_prefix_has_a_prefix"])
+def test_the_code_of_a_report_reproduces_the_failure(law: str):
+    error = "mass that follows the cache length"
+    result = outcome(with_error(error), law)
+    assert result.code in str(Report("fn", (result,)))
+    with pytest.raises(AssertionError, match="out: error"):
+        exec(result.code, {"fn": with_error(error)})
+    exec(result.code, {"fn": attention})  # and passes without the error
+
+
+def test_the_smallest_request_is_small():
+    """Two rows, the least that one of which can see the other's future: everything else is at its default."""
+    request = outcome(with_error("future leak of one key"), "no_row_sees_the_future").request
+    assert request is not None
+    assert (request.batch, request.heads, request.num_queries, request.num_keys, request.head_dim) == (1, 1, 2, 2, 1)
+
+
+def test_what_fn_refuses_is_not_run_and_never_passed():
+    def narrow(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> Tensor:
+        if request["visible"] is not None or request["positions"] is not None:
+            raise NotImplementedError("masks and positions are not served")
+        if request["gamma"].requires_grad:
+            raise NotImplementedError("gamma is not learned")
+        return attention(q, k, v, **request)[0]
+
+    report = check_attention(narrow, max_examples=5)
+    why = {result.law: result.why for result in report.results if result.status == "not run"}
+    assert why == {
+        "positions": "fn refuses positions: masks and positions are not served",
+        "masks": "fn refuses visible: masks and positions are not served",
+        "log_sum_exp": "fn returns no lse",
+        "cached_steps_are_the_full_pass": "fn refuses positions: masks and positions are not served",
+        "packed_is_one_by_one": "fn refuses positions: masks and positions are not served",
+        "padding_changes_nothing": "fn refuses positions: masks and positions are not served",
+        "gradient_of_gamma": "gamma is not learned",
+        "gradient_of_lse": "fn returns no lse",
+    }
+    assert not set(why) & set(report.passed)
+
+
+def test_a_fn_that_refuses_everything_passes_nothing():
+    def refuses(*args: Any, **request: Any) -> Tensor:
+        raise NotImplementedError("no")
+
+    assert check_attention(refuses, max_examples=2).passed == ()
+
+
+def test_inference_kernels():
+    @torch.no_grad()
+    def inference(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, **request)
+
+    report = check_attention(inference, grads=False, max_examples=3)
+    assert report.not_run == ("gradients", "gradient_of_gamma", "gradient_of_lse")
+    assert "does not require grad" in outcome(inference, "gradients", max_examples=3).why
+
+
+def test_a_refusal_in_the_backward_is_not_run():
+    class NoLseGrad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, lse: Tensor) -> Tensor:
+            ctx.set_materialize_grads(False)
+            return lse.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+            if grads[0] is not None:
+                raise NotImplementedError("lse has no gradient")
+            return None
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, k, v, **request)
+        return out, NoLseGrad.apply(lse)  # pyright: ignore[reportReturnType]
+
+    assert check_attention(fn, max_examples=3).not_run == ("gradient_of_lse",)
+
+
+def test_an_exception_is_a_failure_and_not_a_refusal():
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, visible: Tensor | None) -> Tensor:
+        return q
+
+    assert refusals(fn, torch.float32, "cpu") == {}
+    assert "TypeError" in outcome(fn, "equation_11", max_examples=2).why
+
+
+def test_a_fn_that_fails_now_and_then_is_a_failure():
+    calls = []
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+        calls.append(0)
+        return attention(q, k, v, **request, error="zeros" if len(calls) % 50 == 40 else "")
+
+    assert "fn is not deterministic" in outcome(fn, "equation_11", max_examples=100).why
+
+
+def planted(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+    return attention(q, k, v, **request, error="out scaled but lse not")
+
+
+def test_shell(capsys: pytest.CaptureFixture[str]):
+    assert main([f"{__name__}:attention", "--max-examples", "2", "--no-grads"]) == 0
+    assert "attention, float32 on cpu: 16 laws passed, 0 failed, 3 not run" in capsys.readouterr().out
+    assert main([f"{__name__}:planted", "--max-examples", "5", "--no-grads"]) == 1
+    out = capsys.readouterr().out
+    code = out.split("breaks log_sum_exp:\n\n")[1].split("\n\nThe smallest")[0]
+    assert f"from {__name__} import planted" in code
+    with pytest.raises(AssertionError, match="lse: error"):
+        exec(code, {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere:fn"], "cannot import nowhere: ModuleNotFoundError"),
+        (["math:fn"], "math has no fn"),
+        (["math:pi"], "math:pi is not callable, but float"),
+        (["math"], "expected module:function, got 'math'"),
+        (["math:sqrt", "--max-examples", "0"], "--max-examples must be at least 1, got 0"),
+        (["math:sqrt", "--device", "nowhere"], "--device nowhere: "),
+        (["math:sqrt", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_without_hypothesis_the_package_imports_and_says_what_is_missing():
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import sm_flex.testing as t\n"
+        "try: t.check_attention(lambda *a, **k: None)\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "requests are drawn by hypothesis: pip install 'sm-flex[test]'"

@@ -1,0 +1,256 @@
+"""The Triton kernel, in Triton's interpreter where there is no GPU, against the plain formula; and its two ops."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
+
+from sm_flex import remask_kernel as rk
+from sm_flex.mass import Mass
+from sm_flex.share import shares
+
+# The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+INF = math.inf
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, in_place: bool) -> tuple[Tensor, Tensor]:
+    """The kernel on poisoned buffers; in place it works on a copy of out with out's strides."""
+    new_lse = torch.full_like(lse, math.nan)
+    new_out = torch.full_like(out, math.nan)
+    if in_place:
+        new_out = new_out.copy_(out)
+    args = (mass.gamma, mass.positions, mass.cu_seqlens, mass.length) if isinstance(mass, Mass) else (None, None, None, 0)
+    table = None if isinstance(mass, Mass) else mass
+    rk._launch(rk.remask_kernel, new_out if in_place else out, new_out, lse, new_lse, table, *args, in_place)
+    return new_out, new_lse
+
+
+def check(out: Tensor, lse: Tensor, mass: Tensor | Mass, in_place: bool) -> None:
+    table = mass.table(torch.float32) if isinstance(mass, Mass) else mass
+    share, expected_lse = shares(lse, table)
+    new_out, new_lse = launch(out, lse, mass, in_place)
+    torch.testing.assert_close(new_lse, expected_lse, rtol=3e-6, atol=3e-6, equal_nan=True)
+    # Triton's interpreter truncates float32 to bf16: one ulp, not half of one.
+    eps = torch.finfo(out.dtype).eps
+    smallest = torch.finfo(out.dtype).smallest_normal * eps
+    expected = out.double() * share.double().unsqueeze(-1)
+    torch.testing.assert_close(new_out.double(), expected, rtol=1.01 * eps + 3e-6, atol=2 * smallest, equal_nan=True)
+
+
+def problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out in the (B, S, H, D) memory of flash attention and lse in the (B, S, H) memory of the CPU op; one dead row."""
+    out = torch.randn(2, rows, 3, dim).to(dtype).transpose(1, 2)
+    lse = (2 * torch.randn(2, rows, 3)).transpose(1, 2)
+    lse[0, 1, rows // 2] = -INF
+    return out.to(DEVICE), lse.to(DEVICE)
+
+
+MASSES = {
+    "a number": lambda s: Mass(torch.tensor(0.5, dtype=torch.float64), None, None, s + 7, s),
+    "one a head": lambda s: Mass(torch.tensor([0.0, 0.01, 2.0]), None, None, s, s),
+    "extreme rates": lambda s: Mass(torch.tensor([1e-8, INF, 1e4]), None, None, s + 100, s),
+    "a little below 0": lambda s: Mass(torch.tensor([-1e-4, 0.3, 3e38]), None, None, max(1, s // 2), s),
+    "positions (S,)": lambda s: Mass(torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (s,)), None, 200, s),
+    "positions (B, S)": lambda s: Mass(torch.tensor(0.1), torch.randint(0, 400, (2, s)), None, 200, s),
+    "documents": lambda s: Mass(
+        torch.tensor(0.1), None, torch.tensor([0, 0, s // 3, s // 2, s // 2, s], dtype=torch.int32), s + 1, s
+    ),
+    "one document": lambda s: Mass(torch.tensor(0.1), None, torch.tensor([0, s]), s, s),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MASSES)
+def test_log_mass_inside(name: str, dtype: torch.dtype, in_place: bool):
+    for rows, dim in ((1, 8), (37, 24), (300, 64)):
+        out, lse = problem(rows, dim, dtype)
+        mass = MASSES[name](rows)
+        mass = Mass(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in mass))  # pyright: ignore
+        check(out, lse, mass, in_place)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", [(1, 67), (3, 67), (2, 3, 67), (2, 1, 67)])
+def test_log_mass_from_a_table(shape: tuple[int, ...], in_place: bool):
+    out, lse = problem(67, 40, torch.bfloat16)
+    table = torch.randn(shape, device=DEVICE)
+    table[..., 5] = -INF
+    check(out, lse, table, in_place)
+
+
+def test_nan_and_infinity_spread_and_no_further():
+    out, lse = problem(37, 8, torch.float32)
+    lse[0, 0, 3], lse[0, 0, 4], out[0, 0, 5, 0], out[0, 0, 6, 0] = math.nan, INF, math.nan, INF
+    for in_place in (False, True):
+        new_out, new_lse = launch(out, lse, torch.zeros(1, 37, device=DEVICE), in_place)
+        assert new_lse[0, 0, 3].isnan()
+        assert new_out[0, 0, 3].isnan().all()
+        assert new_lse[0, 0, 4] == INF
+        assert new_out[0, 0, 5, 0].isnan()
+        assert new_out[0, 0, 6, 0] == INF
+        assert torch.isfinite(new_out).sum() == new_out.numel() - 8 - 2
+
+
+def lse_around_the_bound(dtype: torch.dtype, log_m: float) -> Tensor:
+    """lse a few ulp either side of 1 - s = half an ulp of the dtype, and far to both sides."""
+    bound = rk.HALF_ULP[dtype]
+    centre = torch.tensor(log_m + math.log((1 - bound) / bound), dtype=torch.float32)
+    near = [centre]
+    for direction in (-INF, INF):
+        ulp = (torch.nextafter(centre, torch.tensor(direction)) - centre).item()
+        near.extend(centre + n * ulp for n in (*range(1, 40), *(2**e for e in range(6, 18))))
+    return torch.stack([*near, centre - 1, centre + 1, centre - 20, centre + 60])
+
+
+def values_of(dtype: torch.dtype) -> Tensor:
+    """Powers of two (half the gap below them), their neighbours, the smallest subnormals, odd mantissas, the largest."""
+    info = torch.finfo(dtype)
+    one = torch.ones((), dtype=dtype)
+    tiny = torch.tensor(info.smallest_normal, dtype=dtype)
+    neighbours = [torch.nextafter(x, y * one) for x in (one, 2 * one, tiny) for y in (0.0, 8.0)]
+    subnormal = tiny * info.eps * torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=dtype)
+    powers = torch.tensor([2.0**e for e in (-8, -1, 0, 1, 5, 15)], dtype=dtype)
+    values = torch.cat([powers, torch.stack(neighbours), subnormal, torch.tensor([info.max, info.smallest_normal]).to(dtype)])
+    return torch.cat([values, -values])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log_m", [0.0, -3.7, 5.1])
+def test_a_skipped_row_would_not_have_changed(dtype: torch.dtype, log_m: float):
+    """One row to a tile, as if every row were judged alone: rows left alone are those whose product rounds to themselves."""
+    lse = lse_around_the_bound(dtype, log_m)
+    out = values_of(dtype).expand(len(lse), -1).contiguous()
+    share, _ = shares(lse, torch.full((1,), log_m))
+    share = 1 / (1 + torch.exp(torch.tensor(log_m) - lse))  # as the kernel computes it
+    skipped = 1 - share < rk.HALF_ULP[dtype]
+    rounded = (out.float() * share.unsqueeze(-1)).to(dtype)  # PyTorch rounds to nearest, as a GPU does
+    assert skipped.any()
+    assert not skipped.all()
+    assert torch.equal(rounded[skipped], out[skipped])
+    # The bound is tight: beyond it a power of two does change.
+    beyond = 1 - share > rk.HALF_ULP[dtype]
+    assert beyond.any()
+    assert (rounded != out).any(-1)[beyond].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_million_random_values_under_the_bound_stay(dtype: torch.dtype):
+    out = torch.randn(1_000_000).to(dtype)
+    largest = 1 - 2.0**-24  # the float32 below 1
+    share = 1.0 if dtype == torch.float32 else 1 - rk.HALF_ULP[dtype] + (1 - largest)
+    assert torch.equal((out.float() * share).to(dtype), out)
+
+
+def test_saturated_tiles_are_not_written():
+    """1 - s is a quarter of an ulp of bf16. Triton's interpreter truncates to bf16, so a tile that it wrote would differ."""
+    rows = 4 * rk.block_shape(32, 2)[0]
+    out = torch.randn(1, 1, rows, 32).to(torch.bfloat16).to(DEVICE)
+    lse = torch.full((1, 1, rows), math.log(2**10 - 1), device=DEVICE)
+    table = torch.zeros(1, rows, device=DEVICE)
+    assert torch.equal(launch(out, lse, table, True)[0], out)
+    if DEVICE == "cpu":
+        assert not torch.equal(launch(out, lse, table, False)[0], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_unsaturated_row_wakes_its_tile(dtype: torch.dtype):
+    rows = 4 * rk.block_shape(32, dtype.itemsize)[0]
+    out = torch.randn(1, 1, rows, 32).to(dtype).to(DEVICE)
+    lse = torch.full((1, 1, rows), 60.0, device=DEVICE)
+    wake = rows // 2 + 3
+    lse[0, 0, wake] = 0.0
+    new_out, new_lse = launch(out, lse, torch.zeros(1, rows, device=DEVICE), True)
+    others = torch.arange(rows, device=DEVICE) != wake
+    assert torch.equal(new_out[:, :, others], out[:, :, others])
+    torch.testing.assert_close(new_out[0, 0, wake].float(), out[0, 0, wake].float() / 2, rtol=1e-2, atol=0)
+    assert torch.equal(new_lse[0, 0, others], lse[0, 0, others])
+    assert new_lse[0, 0, wake].item() == pytest.approx(math.log(2))
+
+
+OPS_ARGS = [
+    (torch.zeros(1, 17), None, None, None, 0),
+    (None, torch.tensor(0.3, dtype=torch.float64), None, None, 20),
+    (None, torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20),
+    (None, torch.tensor([0.3, 0.1, 0.0]), None, torch.tensor([0, 4, 17], dtype=torch.int32), 20),
+]
+
+
+@pytest.mark.parametrize("args", OPS_ARGS)
+@pytest.mark.parametrize("op", ["remask", "remask_"])
+def test_opcheck(op: str, args: tuple):
+    out, lse = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17)
+    torch.library.opcheck(getattr(torch.ops.sm_flex, op).default, (out, lse, *args))
+
+
+def test_opcheck_of_packed_documents_on_a_cpu():
+    import sm_flex.engines.varlen_cpu  # noqa: F401
+
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for window in (-1, 2):
+        args = (q, k, v, cu, cu, window, 0.3)
+        torch.library.opcheck(torch.ops.sm_flex.varlen_cpu.default, args)
+        out, lse = torch.ops.sm_flex.varlen_cpu(*args)
+        backward = (torch.randn_like(out), q, k, v, out, lse, cu, cu, window, 0.3)
+        torch.library.opcheck(torch.ops.sm_flex.varlen_cpu_backward.default, backward)
+
+
+def test_the_ops_are_the_plain_formula():
+    out, lse = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17)
+    mass = Mass(torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20, 17)
+    share, expected = shares(lse, mass.table(torch.float32))
+    new_out, new_lse = torch.ops.sm_flex.remask(out, lse, None, mass.gamma, mass.positions, None, 20)
+    torch.testing.assert_close(new_out, out * share.unsqueeze(-1))
+    torch.testing.assert_close(new_lse, expected)
+    torch.testing.assert_close(torch.ops.sm_flex.remask_(out, lse, None, mass.gamma, mass.positions, None, 20), expected)
+    torch.testing.assert_close(out, new_out)
+
+
+def test_compiles_for_a_gpu_without_one():
+    """One variant, ahead of time, in a process where Triton does not interpret; the whole table is benchmarks.kernel_report."""
+    script = (
+        "import torch, benchmarks.kernel_report as r\n"
+        "asm = r.compile_variant(90, torch.bfloat16, 128, True, 'arange')\n"
+        "used = r.resources(asm['cubin'])\n"
+        "assert r.bits(asm['ptx']) == (128, 128), r.bits(asm['ptx'])\n"
+        "assert used['LOCAL'] == used['STACK'] == 0 and 0 < used['REG'] <= 128, used"
+    )
+    import os
+
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_plain_eager_launch_goes_past_the_ops(in_place: bool, monkeypatch: pytest.MonkeyPatch):
+    """The ops tell dispatch modes and tracers of the mutation; where there are none they only cost time."""
+    called: list[str] = []
+    for name in ("remask_op", "remask_in_place_op"):
+        op = getattr(rk, name)
+        monkeypatch.setattr(rk, name, lambda *args, name=name, op=op: called.append(name) or op(*args))
+    out, lse = problem(37, 24, torch.float32)
+    mass = Mass(torch.tensor([0.3, 0.1, 0.0]).to(DEVICE), None, None, 40, 37)
+    share, expected_lse = shares(lse, mass.table(torch.float32))
+    kept = out.clone()
+    new_out, new_lse = rk.launch(out, lse, mass, in_place=in_place)
+    assert not called
+    assert (new_out is out) == in_place
+    assert in_place or torch.equal(out, kept)
+    torch.testing.assert_close(new_out, kept * share.unsqueeze(-1))
+    torch.testing.assert_close(new_lse, expected_lse)
+    with FlopCounterMode(display=False):
+        rk.launch(kept, lse, mass, in_place=in_place)
+    assert called == ["remask_in_place_op" if in_place else "remask_op"]

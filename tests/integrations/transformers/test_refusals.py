@@ -1,0 +1,254 @@
+"""What sm_flex_transformers refuses: each in words that name the argument, and never in silence."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    CodeGenConfig,
+    GPT2Config,
+    GptOssConfig,
+    MptConfig,
+    PreTrainedModel,
+    XGLMConfig,
+)
+
+from sm_flex_transformers import GammaSchedule, settings, stablemask_attention
+from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, model_of, tokens
+
+LOWEST = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    config = CONFIGS["llama"]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return model_of(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "why"),
+    [
+        ({"gamma": [0.5, 0.25]}, ValueError, "one number for each of the 6 attention heads, got 2"),
+        ({"gamma": -0.5}, ValueError, "must be >= 0"),
+        ({"gamma": float("nan")}, ValueError, "must be >= 0"),
+        ({"gamma": [0.1, 0.1, 0.1, 0.1, 0.1, -1]}, ValueError, "must be >= 0"),
+        ({"gamma": "steep"}, TypeError, "\"headwise\", a number or a list of numbers, got 'steep'"),
+        ({"gamma": True}, TypeError, "got True"),
+        ({"gamma": None}, TypeError, "got None"),
+        ({"length": 0}, ValueError, '"length"\\] must be at least 1, got 0'),
+        ({"length": 2.5}, TypeError, "must be an int, the training length, got 2.5"),
+        ({"lenght": 5}, ValueError, "knows gamma and length, got 'lenght'"),
+        ("headwise", TypeError, "must be a dict"),
+    ],
+)
+def test_a_wrong_setting(setting: Any, error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
+        llama(stablemask=setting)(tokens(1, 5))
+
+
+def test_a_missing_setting_is_headwise_at_max_position_embeddings() -> None:
+    ids = tokens(2, 19)
+    with torch.no_grad():
+        default = llama(stablemask=None)(ids).logits
+        spelled_out = llama(stablemask={"gamma": "headwise", "length": COMMON["max_position_embeddings"]})(ids).logits
+    assert torch.equal(default, spelled_out)
+
+
+def test_a_missing_length_without_max_position_embeddings() -> None:
+    config = SimpleNamespace(stablemask={"gamma": 0.5}, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"no max_position_embeddings: set config\.stablemask"):
+        settings.read(config, None, torch.device("cpu"))
+
+
+def test_output_attentions_is_refused() -> None:
+    model = llama()
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(tokens(1, 5), output_attentions=True)
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model.generate(tokens(1, 5), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)  # pyright: ignore[reportCallIssue]
+
+
+def test_an_encoder_is_refused() -> None:
+    small: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(**small)
+    config._attn_implementation = "stablemask"
+    model = BertModel(config)
+    with pytest.raises(NotImplementedError, match="causal"):
+        model(tokens(1, 5))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = BartConfig(d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config._attn_implementation = "stablemask"
+    with pytest.raises(NotImplementedError, match=r"causal|decoder-only"):
+        BartModel(config)(tokens(1, 5))
+
+
+def test_a_model_made_bidirectional_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="bidirectional"):
+        llama(is_causal=False)(tokens(1, 5))
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(NotImplementedError, match="LlamaAttention is not"):
+        model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("config", [BloomConfig, MptConfig, CodeGenConfig, XGLMConfig])
+def test_a_model_without_the_attention_interface_is_refused(config: Any) -> None:
+    """Its own attention would go on without StableMask, and without the causal mask that it counts on."""
+    small = config(vocab_size=61, num_attention_heads=4, n_layer=1, num_layers=1, n_head=4, n_embd=32, hidden_size=32, d_model=32)
+    small._attn_implementation = "stablemask"
+    with pytest.raises(NotImplementedError, match="do not use Transformers' attention interface"):
+        AutoModelForCausalLM.from_config(small)(tokens(1, 5))
+
+
+def test_sinks_are_refused() -> None:
+    config = GptOssConfig(**{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "num_key_value_heads": 2})
+    with pytest.raises(NotImplementedError, match="attention sinks"):
+        model_of(config)(tokens(1, 5))
+
+
+def custom(kind: str) -> Tensor:
+    causal = torch.ones(5, 5, dtype=torch.bool).tril().expand(1, 1, 5, 5)
+    if kind == "future":
+        return torch.ones_like(causal)
+    if kind == "bias":
+        return torch.where(causal, -0.5, LOWEST)
+    if kind == "int":
+        return causal.long()
+    if kind == "wide":
+        return causal[..., :1].expand(1, 1, 5, 7)
+    assert kind == "float padding"
+    return torch.where(causal, 0.0, LOWEST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "why"),
+    [
+        ("future", NotImplementedError, "lets a query see a later key"),
+        ("bias", NotImplementedError, "takes no additive bias"),
+        ("int", TypeError, "must be bool or floating, got torch.int64"),
+        ("wide", ValueError, r"with S=5 and T=5, got \(1, 1, 5, 7\)"),
+    ],
+)
+def test_a_custom_mask_that_is_no_padding_mask(kind: str, error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
+        llama()(tokens(1, 5), attention_mask=custom(kind))
+
+
+def test_a_custom_padding_mask_is_taken_and_read_anew_each_time() -> None:
+    model, ids = llama(), tokens(1, 5)
+    mask = custom("float padding").clone()
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+        mask[..., 3, 1] = -torch.inf  # in place: the same tensor, another mask
+        changed = model(ids, attention_mask=mask).logits
+    assert torch.equal(changed[:, :3], plain[:, :3])
+    assert not torch.equal(changed[:, 3], plain[:, 3])
+
+
+def test_a_float_mask_under_compile_is_refused(fresh_compiler: None) -> None:
+    compiled = torch.compile(llama(), backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match="must be bool under"):
+        compiled(tokens(1, 5), attention_mask=custom("float padding"))
+
+
+def test_a_mask_that_shows_a_later_key_is_refused_when_compiled_too(fresh_compiler: None) -> None:
+    compiled = torch.compile(llama(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lets a query see a later key"):
+        compiled(tokens(1, 5), attention_mask=custom("future"))
+
+
+def test_documents_given_by_cu_seq_lens_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="cu_seq_lens_q needs position_ids that restart"):
+        llama()(tokens(1, 7), cu_seq_lens_q=torch.tensor([0, 3, 7]), cu_seq_lens_k=torch.tensor([0, 3, 7]))
+
+
+def test_an_image_block_in_a_causal_model_is_refused() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    model = llama()
+    embeddings = torch.zeros(1, 5, 48, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="see a later key"):
+        create_causal_mask(model.config, embeddings, None, None, block_sequence_ids=torch.tensor([[-1, 0, 0, -1, -1]]))
+
+
+def test_missing_and_multi_axis_positions() -> None:
+    layer = llama().model.layers[0].self_attn
+    q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 5, 8)
+    visible = torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)
+    with pytest.raises(ValueError, match="LlamaAttention passes no position_ids"):
+        stablemask_attention(layer, q, k, k, visible)
+    with pytest.raises(NotImplementedError, match=r"position_ids must be \(B, S\), got \(3, 1, 2\)"):
+        stablemask_attention(layer, q, k, k, visible, position_ids=torch.zeros(3, 1, 2, dtype=torch.long))
+
+
+def test_without_position_ids_a_plain_call_is_served() -> None:
+    layer = llama().model.layers[0].self_attn
+    q = torch.randn(1, 6, 5, 8)
+    given, _ = stablemask_attention(layer, q, q, q, None, position_ids=torch.arange(5)[None])
+    assert torch.equal(stablemask_attention(layer, q, q, q, None)[0], given)
+
+
+def test_gpt2_is_served() -> None:
+    config = GPT2Config(n_embd=24, n_layer=1, n_head=2, n_positions=32, vocab_size=61, initializer_range=0.3)
+    model = model_of(config).float()
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[:, :4], model(ids[:, :4]).logits, rtol=1e-4, atol=1e-4)
+        config.stablemask = {"gamma": 0.01}
+        assert (model(ids).logits - model_of(config, "sdpa").float()(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "why"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"steps": 1.5}, TypeError, "steps must be an int"),
+        ({"steps": 5, "start": 0.0}, ValueError, "start"),
+        ({"steps": 5, "target": [0.5, 0.0]}, ValueError, "target"),
+    ],
+)
+def test_a_wrong_schedule(arguments: dict[str, Any], error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
+        GammaSchedule(**arguments)
+
+
+def begin(schedule: GammaSchedule, model: PreTrainedModel, step: int = 0) -> None:
+    schedule.on_train_begin(None, SimpleNamespace(global_step=step), None, model=model)
+
+
+def test_a_schedule_for_another_attention_or_another_gamma_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a model with attn_implementation=\"stablemask\", got 'sdpa'"):
+        begin(GammaSchedule(5), model_of(CONFIGS["llama"](), "sdpa"))
+    half: dict[str, Any] = {"stablemask": {"gamma": 0.5, "length": LENGTH}}
+    with pytest.raises(ValueError, match=r"is 0.5 and the target .* 'headwise': pass target=0.5"):
+        begin(GammaSchedule(5), llama(**half))
+    begin(GammaSchedule(5, target=0.5), llama(**half))
+    begin(GammaSchedule(5), llama(stablemask=None))
+    begin(GammaSchedule(5), llama(stablemask={"gamma": GammaSchedule(5).gamma(3, 6), "length": LENGTH}), step=3)
+
+
+def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
+    schedule = GammaSchedule(steps=10)
+    assert schedule.gamma(0, 2) == pytest.approx([10.0, 10.0])
+    assert schedule.gamma(10, 2) == schedule.gamma(99, 2) == pytest.approx([2**-4, 2**-8])
+    values = [schedule.gamma(step, 2)[1] for step in range(11)]
+    assert values == sorted(values, reverse=True)
+    model = llama()
+    begin(schedule, model)
+    assert model.config.stablemask["gamma"] == pytest.approx([10.0] * 6)
+    schedule.on_step_end(None, SimpleNamespace(global_step=10), None, model=model)  # the last step of ten
+    assert model.config.stablemask["length"] == LENGTH
+    assert model.config.stablemask["gamma"] == pytest.approx(schedule.gamma(10, 6))

@@ -1,0 +1,174 @@
+"""What a call may cost, counted and not timed: operations, passes over the output, compiled kernels, memory against length."""
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor import metrics
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import memory
+from benchmarks.speed.timing import training_peak
+from sm_flex import flex_attention, headwise_gamma, mass, scaled_dot_product_attention, stablemask
+from sm_flex.visibility import mask_bias
+from tests.helpers.problems import check, qkv
+
+CPU = torch.device("cpu")
+Call = Callable[..., Any]
+
+
+def operations(run: Callable[[], Any], shape: tuple[int, ...]) -> tuple[Counter[str], Counter[str]]:
+    """The aten operations of a run, and those of them that take a tensor of the shape; views and such count for nothing."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        run()
+    every: Counter[str] = Counter()
+    large: Counter[str] = Counter()
+    for event in found.events() or []:
+        parent = event.cpu_parent
+        inside = parent is not None and parent.name.startswith("aten::")
+        if event.name.startswith("aten::") and not inside and event.name not in ("aten::unsqueeze", "aten::detach"):
+            every[event.name] += 1
+            large[event.name] += list(shape) in [list(x) for x in event.input_shapes]
+    return every, +large
+
+
+def leaves(*shape: int) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for _ in range(3)]
+
+
+def test_a_forward_pass_is_the_kernel_and_one_pass_over_its_output():
+    mask, inputs = stablemask(headwise_gamma(4), length=64), [x.detach() for x in leaves(1, 4, 64, 16)]
+    flex_attention(*inputs, score_mod=mask)  # log M is computed once
+    every, large = operations(lambda: flex_attention(*inputs, score_mod=mask), (1, 4, 64, 16))
+    assert large == {"aten::_scaled_dot_product_flash_attention_for_cpu": 1, "aten::mul_": 1}
+    assert every == large + Counter({"aten::equal": 1, "aten::sub": 1, "aten::sigmoid": 1})
+
+
+def test_a_training_step_adds_nothing_to_the_kernels_backward():
+    mask, inputs = stablemask(headwise_gamma(4), length=64), leaves(1, 4, 64, 16)
+    grad = torch.randn(1, 4, 64, 16)
+    out = flex_attention(*inputs, score_mod=mask)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    _, large = operations(lambda: torch.autograd.grad(out, inputs, grad), (1, 4, 64, 16))  # pyright: ignore
+    assert large == {"aten::_scaled_dot_product_flash_attention_for_cpu_backward": 1}
+
+
+def test_compiled_code_takes_log_mass_from_the_table(fresh_compiler: None):
+    """Two loops beside the kernel in the forward, for s and lse', and none of them computes logarithms of the mass."""
+    mask, inputs = stablemask(headwise_gamma(4), length=64), leaves(1, 4, 64, 16)
+    run = torch.compile(lambda q, k, v: flex_attention(q, k, v, score_mod=mask), fullgraph=True)
+    metrics.reset()
+    out = run(*inputs)
+    assert metrics.generated_kernel_count <= 3
+    torch.testing.assert_close(out, flex_attention(*inputs, score_mod=mask))
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(9), torch.arange(18).reshape(2, 9)])
+@pytest.mark.parametrize("gamma", [torch.tensor(0.3, dtype=torch.float64), headwise_gamma(4)])
+@pytest.mark.parametrize("sink", [None, torch.tensor(0.2), torch.randn(4), torch.randn(2, 4, 9)])
+def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None, sink: Tensor | None):
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for precise in (False, True):
+        for documents in (None, cu) if positions is None else (None,):
+            args = (gamma, positions, documents, sink, 12, 9, precise)
+            torch.library.opcheck(torch.ops.sm_flex.log_mass_table.default, args)
+            expected = mass.Mass(gamma, positions, documents, 12, 9, sink).table(torch.float64 if precise else torch.float32)
+            assert torch.equal(torch.ops.sm_flex.log_mass_table(*args), expected)
+
+
+def test_blocks_of_rows_where_slots_do_not_follow_the_sequence(monkeypatch: pytest.MonkeyPatch):
+    """ordered=False: the block_mask alone says who sees whom, so no block of rows may leave out keys beyond its slots."""
+    from sm_flex.engines import dense
+
+    q, k, v = qkv(1, 2, 2, 64, 64, 8)
+    order = torch.arange(63, -1, -1)  # the slots hold the sequence backwards
+    block_mask = create_block_mask(lambda b, h, i, j: order[j] <= order[i], None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    mask = stablemask(0.1, length=64, positions=order, ordered=False)
+    forwards = [x.flip(2) for x in (q, k, v)]
+    expected = flex_attention(*forwards, score_mod=stablemask(0.1, length=64)).flip(2)  # pyright: ignore
+    monkeypatch.setattr(dense, "BLOCK_SCORES", 1)
+    out = flex_attention(q, k, v, score_mod=mask, block_mask=block_mask)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", sorted(set(memory.ways(64)) - {"SDPA"}))
+def test_memory_grows_with_the_length_and_not_its_square(way: str):
+    """Four times the length: an S x S float would be 64 MiB at 4096 and 16 times what it was; SDPA holds 4 times as much."""
+    peaks = {}
+    for name, length in ((way, 1024), (way, 4096), ("SDPA", 4096)):
+        q, k, v = leaves(1, 1, length, 32)
+        peaks[name, length] = training_peak(memory.ways(length)[name], (q, k, v, torch.randn(1, 1, length, 32)), CPU)
+    # A block of rows may be held beside what SDPA holds, whatever the length.
+    assert peaks[way, 4096] < 1.3 * peaks["SDPA", 4096] + 2**24
+    assert peaks[way, 4096] < 5 * peaks[way, 1024]
+
+
+@pytest.mark.parametrize("kind", ["none", "bool rows", "bool", "float", "float of one row"])
+def test_a_chunk_longer_than_a_block_of_rows(kind: str, monkeypatch: pytest.MonkeyPatch):
+    from sm_flex import dispatch
+
+    monkeypatch.setattr(dispatch, "ROWS", 8)
+    num_queries, num_keys, heads = 29, 37, 4
+    positions = torch.arange(num_keys - num_queries, num_keys)
+    shape = {"bool rows": (2, 1, num_queries, 1), "bool": (1, heads, num_queries, num_keys), "float": (num_queries, num_keys)}
+    part = torch.rand(shape.get(kind, (1, num_keys))) > 0.3
+    attn_mask = part if kind.startswith("bool") else torch.where(part, torch.randn(part.shape).double(), -math.inf)
+    gamma = torch.linspace(0.02, 0.9, heads).double()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor | None]:
+        mask = stablemask(gamma, length=60, positions=positions)
+        if kind == "none":
+            out, aux = flex_attention(q, k, v, score_mod=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+            return out, aux.lse
+        return scaled_dot_product_attention(q, k, v, attn_mask, score_mod=mask, enable_gqa=True), None
+
+    options: dict[str, Any] = {"length": 60, "positions": positions}
+    if kind != "none":
+        options |= {"visible": part} if kind.startswith("bool") else {"bias": attn_mask}
+    check(run, [*qkv(2, heads, 2, num_queries, num_keys, 8), gamma], lambda: options, with_lse_grad=kind == "none")
+
+
+def test_fewer_keys_than_queries_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch):
+    """The first rows see nothing: blocks of dead rows alone."""
+    from sm_flex import dispatch
+
+    q, k, v = qkv(1, 2, 2, 40, 7, 8)
+    mask = stablemask(0.1, length=64, positions=torch.arange(40))
+    expected = flex_attention(q, k, v, score_mod=mask)
+    monkeypatch.setattr(dispatch, "ROWS", 8)
+    torch.testing.assert_close(flex_attention(q, k, v, score_mod=mask), expected, rtol=0, atol=1e-12)
+
+
+def test_a_broadcast_mask_stays_a_view():
+    keep = torch.rand(2, 1, 1, 13) > 0.5
+    assert mask_bias(keep, 13, 13, torch.float32).untyped_storage().nbytes() == 4 * keep.numel()
+
+
+def test_not_far_slower_than_plain_causal_attention():
+    """A ratio within one process with a wide margin: it is 1.0 where nothing else runs."""
+    mask, shape = stablemask(headwise_gamma(4), length=512), (1, 4, 512, 64)
+    calls = {
+        "plain": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "ours": lambda q, k, v: flex_attention(q, k, v, score_mod=mask),
+    }
+    q, k, v = leaves(*shape)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(15):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(q, k, v).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
+            times[name].append(time.perf_counter() - start)
+    assert statistics.median(times["ours"]) < 1.5 * statistics.median(times["plain"])
+
+
+def test_the_peak_is_what_is_held_at_once():
+    """The measure itself: four inputs, the sum of two, and the sum of three before that of two is let go."""
+    q, k, v = leaves(1, 1, 512, 64)
+    assert training_peak(lambda q, k, v: q + k + v, (q, k, v, torch.randn(q.shape)), CPU) == 6 * 4 * q.numel()

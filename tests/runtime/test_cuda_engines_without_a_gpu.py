@@ -1,0 +1,308 @@
+"""What can be known of the CUDA engines on a machine without one: that their calls fit torch's ops, and who is chosen."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sm_flex import identity
+from sm_flex.engines import Call, Settings, rule
+from sm_flex.testing import oracle
+from sm_flex.visibility import block_mask_rows, causal_rows, narrow_block_mask
+
+CUDA = "cuda"
+fake_cuda = pytest.mark.skipif(
+    torch.version.cuda is None, reason="a CPU build of torch knows no CUDA device, not even a fake one"
+)
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, device=CUDA, dtype=dtype)
+
+
+@fake_cuda
+@pytest.mark.parametrize(
+    ("engine", "with_bias", "dim"),
+    [
+        ("flash", False, 64),
+        ("flash", False, 60),
+        ("cudnn", False, 64),
+        ("cudnn", True, 64),
+        ("efficient", False, 64),
+        ("efficient", True, 64),
+    ],
+)
+def test_calls_fit_the_ops(engine: str, with_bias: bool, dim: int):
+    """Forward, and backward with and without the columns of a gradient of lse, against the ops' own shape functions."""
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = fake(2, 6, 37, dim), fake(2, 3, 37, dim), fake(2, 3, 37, dim)
+        bias = fake(1, 6, 37, 37) if with_bias else None
+        call = Call(q, k, v, bias, None, None, Settings(not with_bias, 0.1, may_be_dead=True))
+        module = identity.ENGINES[engine]
+        out, lse, state = module.forward(call)
+        assert out.shape == q.shape
+        assert lse.shape == q.shape[:3]
+        assert lse.dtype == torch.float32
+        want_bias = with_bias and engine == "efficient"
+        grads = module.backward(call, torch.empty_like(out), out, lse, state, want_bias)
+        for grad, x in zip(grads, (q, k, v, bias if want_bias else None), strict=True):
+            assert (grad is None) == (x is None)
+            assert grad is None or x is None or grad.shape == x.shape
+        wide, grad_out, wide_out = identity._widened(call, torch.empty_like(out), out, torch.empty_like(lse))
+        for grad, x in zip(module.backward(wide, grad_out, wide_out, lse, state, False)[:3], (q, k, v), strict=True):
+            assert grad.shape == (*x.shape[:-1], dim + identity.WIDENING)
+
+
+@fake_cuda
+@pytest.mark.parametrize("dim", [64, 60])
+def test_varlen_calls_fit_the_op(dim: int):
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = fake(37, 6, dim), fake(41, 3, dim), fake(41, 3, dim)
+        cu_q, cu_k = (torch.empty(4, device=CUDA, dtype=torch.int32) for _ in range(2))
+        call = Call(q, k, v, None, cu_q, cu_k, Settings(True, 0.1, 0.0, True, 5, 20, 30))
+        module = identity.ENGINES["varlen"]
+        out, lse, state = module.forward(call)
+        assert out.shape == (1, 6, 37, dim)
+        assert lse.shape == (1, 6, 37)
+        grads = module.backward(call, torch.empty_like(out), out, lse, state, False)
+        for grad, x in zip(grads[:3], (q, k, v), strict=True):
+            assert grad.shape == x.shape
+
+
+@fake_cuda
+@pytest.mark.parametrize("engine", ["flash", "cudnn", "efficient"])
+def test_flops_are_counted_as_torchs_own(engine: str):
+    """The aten op is what FlopCounterMode sees, forward and backward: the sum is that of the plain op with the same sizes."""
+    backward_over_forward = 2.5
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (fake(2, 4, 64, 32) for _ in range(3))
+        call = Call(q, k, v, None, None, None, Settings(True, 0.1))
+        module = identity.ENGINES[engine]
+        with FlopCounterMode(display=False) as forward:
+            out, lse, state = module.forward(call)
+        with FlopCounterMode(display=False) as backward:
+            module.backward(call, torch.empty_like(out), out, lse, state, False)
+    assert forward.get_total_flops() == 2 * 2 * 2 * 4 * 64 * 64 * 32
+    assert backward.get_total_flops() == backward_over_forward * forward.get_total_flops()
+
+
+class EfficientBackwardSpy(TorchDispatchMode):
+    """Notes the `out` that the memory-efficient backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outs: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_efficient_attention_backward.default:
+            self.outs.append(args[5])
+        return func(*args, **(kwargs or {}))
+
+
+@fake_cuda
+@pytest.mark.parametrize("lse_grad", [False, True])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+@pytest.mark.parametrize(
+    ("num_queries", "masked"), [(37, False), (37, True), (5, True)], ids=["square", "masked", "chunk against a cache"]
+)
+def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
+    num_queries: int, masked: bool, layout: str, lse_grad: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """In half precision its kernel takes H * D for the stride of out's rows, whatever the tensor's strides say."""
+    monkeypatch.setattr(sys.modules["sm_flex.remask"], "remask_kernel", None)  # the epilogue in PyTorch, on fake tensors
+
+    def made(rows: int, heads: int) -> Tensor:
+        return fake(2, rows, heads, 64).transpose(1, 2) if layout == "BSHD" else fake(2, heads, rows, 64)
+
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = made(num_queries, 6), made(37, 3), made(37, 3)
+        bias = fake(1, 1, num_queries, 37) if masked else None
+        call = Call(q, k, v, bias, None, None, Settings(not masked, 0.1))
+        out, lse, state = identity._forward("efficient", call, torch.empty(1, num_queries, device=CUDA))
+        assert lse is not None
+        grad_out = torch.empty(2, 6, num_queries, 64, device=CUDA, dtype=q.dtype)
+        if lse_grad:
+            call, grad_out, out = identity._widened(call, grad_out, out, torch.empty_like(lse))
+        with EfficientBackwardSpy() as spy:
+            identity.ENGINES["efficient"].backward(call, grad_out, out, lse, state, masked)
+    (given,) = spy.outs
+    heads, dim = given.shape[1], given.shape[-1]
+    assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need, **kwargs) -> str:
+    """The rule's answer on CUDA where torch's own choice is the given backend."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *a, **kw: torchs.value)
+    with FakeTensorMode():
+        q = fake(2, 4, kwargs.pop("rows", 16), kwargs.pop("dim", 64), dtype=kwargs.pop("dtype", torch.bfloat16))
+        k = fake(2, 4, 16, q.shape[-1], dtype=q.dtype)
+        mask = fake(1, 1, 16, 16) if kwargs.pop("masked", False) else None
+        if mask is not None and kwargs.pop("mask_grad", False):
+            mask.requires_grad_()
+        return rule.choose(q, k, k, mask, need, **kwargs)
+
+
+@fake_cuda
+@pytest.mark.parametrize(
+    ("backend", "need", "kwargs", "engine"),
+    [
+        (SDPBackend.FLASH_ATTENTION, rule.Need(), {}, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, rule.Need(), {}, "cudnn"),
+        (SDPBackend.EFFICIENT_ATTENTION, rule.Need(), {"masked": True}, "efficient"),
+        (SDPBackend.MATH, rule.Need(), {"dtype": torch.float64}, "dense"),
+        (SDPBackend.CUDNN_ATTENTION, rule.Need(), {"masked": True, "mask_grad": True}, "dense"),
+        (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 128}, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 64}, "cudnn"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "dense"),
+        (SDPBackend.EFFICIENT_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "efficient"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(block_mask=True), {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {"masked": True}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {"dtype": torch.float64}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True, dropout_p=0.1), {}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(flex_options=True), {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"rows": 5}, "flash"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"backend": "TRITON"}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"backend": "MATH"}, "dense"),
+    ],
+)
+def test_who_serves(backend: SDPBackend, need: rule.Need, kwargs: dict, engine: str, monkeypatch: pytest.MonkeyPatch):
+    assert chosen(monkeypatch, backend, need, **kwargs) == engine
+
+
+@fake_cuda
+def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatch):
+    """Square: is_causal. A chunk against a cache: flash's own alignment first, then a mask. A single query: no mask."""
+    asked = []
+
+    def choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool, **kw: object) -> int:
+        asked.append((q.shape[2], None if mask is None else tuple(mask.shape), causal))
+        return SDPBackend.EFFICIENT_ATTENTION.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    monkeypatch.setattr(rule, "_can_use", lambda *args: False)
+    with FakeTensorMode():
+        k = fake(2, 4, 16, 64)
+        for rows in (16, 5, 1):
+            assert rule.choose(fake(2, 4, rows, 64), k, k, None, rule.Need()) == "efficient"
+            assert rule.needs_bias("efficient", fake(2, 4, rows, 64), k) == (rows == 5)
+        assert asked == [(16, None, True), (5, (1, 1, 5, 16), False), (1, None, False)]
+        monkeypatch.setattr(rule, "_can_use", lambda engine, *args: engine == "flash")
+        assert rule.choose(fake(2, 4, 5, 64), k, k, None, rule.Need()) == "flash"
+        assert len(asked) == 3
+
+
+@fake_cuda
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "engine"),
+    [
+        ("cuda", torch.bfloat16, 64, "varlen"),
+        ("cuda", torch.float32, 64, "dense"),
+        ("cuda", torch.bfloat16, 256, "varlen"),
+        ("cuda", torch.bfloat16, 264, "dense"),
+        ("cpu", torch.float64, 264, "varlen_cpu"),
+        ("meta", torch.float32, 64, "dense"),
+    ],
+)
+def test_who_serves_packed_documents(device: str, dtype: torch.dtype, dim: int, engine: str):
+    with FakeTensorMode():
+        q = torch.empty(7, 4, dim, device=device, dtype=dtype)
+        assert rule.choose_packed(q, q, lse_grad=False) == engine
+        assert rule.choose_packed(q, q, lse_grad=True) == ("dense" if dim > 248 and device == CUDA else engine)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(64, 64), (200, 200), (40, 200), (200, 131)])
+@pytest.mark.parametrize("kind", ["none", "window", "everything", "per head"])
+def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: int, num_keys: int, block: int):
+    """From block indices alone, what flex will see is the mask and causality: in the lists, and within partial blocks."""
+    mods = {
+        "window": lambda b, h, i, j: i - j < 30,
+        "everything": lambda b, h, i, j: i >= 0,
+        "per head": lambda b, h, i, j: (i - j < 30) | (h == 1),
+    }
+    causal = causal_rows(num_queries, num_keys, torch.device("cpu"))(0, num_queries)
+    expected = causal
+    block_mask = None
+    heads = 2 if kind == "per head" else 1
+    if kind != "none":
+        block_mask = create_block_mask(
+            mods[kind], None, heads if heads > 1 else None, num_queries, num_keys, device="cpu", BLOCK_SIZE=block
+        )
+        b, h, i, j = (torch.arange(n) for n in (1, heads, num_queries, num_keys))
+        expected = causal & mods[kind](b[:, None, None, None], h[:, None, None], i[:, None], j)
+    narrowed = narrow_block_mask(block_mask, num_queries, num_keys, torch.device("cpu"))
+    # block_mask_rows reads the lists as flex does: full blocks whole, partial blocks by mask_mod.
+    seen = block_mask_rows(narrowed, num_queries, num_keys, heads, 1, ordered=False)(0, num_queries)
+    assert torch.equal(seen.expand(1, heads, -1, -1), expected.expand(1, heads, -1, -1))
+    # The lists of the backward say the same, transposed.
+    assert narrowed.q_num_blocks is not None
+    assert narrowed.q_num_blocks.sum() == narrowed.kv_num_blocks.sum()
+    if block_mask is None:
+        # Nothing above the diagonal is listed, and below it blocks are full.
+        assert narrowed.full_kv_num_blocks is not None
+        assert (narrowed.kv_num_blocks <= -(-128 // 128) + 1).all()
+
+
+def test_narrowing_is_done_once_for_a_block_mask():
+    block_mask = create_block_mask(lambda b, h, i, j: i - j < 30, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    device = torch.device("cpu")
+    assert narrow_block_mask(block_mask, 64, 64, device) is narrow_block_mask(block_mask, 64, 64, device)
+    assert narrow_block_mask(None, 64, 64, device) is narrow_block_mask(None, 64, 64, device)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("with_lse_grad", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch):
+    """torch's eager flex differentiates on a CPU once its device check is out of the way: the engine as a GPU would run it."""
+    import torch.nn.attention.flex_attention as torch_flex
+
+    from sm_flex.engines import flex
+    from sm_flex.score_mod import stablemask
+    from tests.helpers.problems import check, qkv
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
+    real = torch_flex._apply_kernel_options
+
+    def with_lse(*args, **kwargs):
+        return {**real(*args, **kwargs), "OUTPUT_LOGSUMEXP": True}
+
+    monkeypatch.setattr(torch_flex, "_apply_kernel_options", with_lse)
+    # Unordered, the BlockMask must itself be causal; ordered, it is narrowed.
+    block_mask = create_block_mask(
+        lambda b, h, i, j: (i - j < 30) & (ordered | (j <= i)), None, None, 64, 64, device="cpu", BLOCK_SIZE=16
+    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor):
+        mass = stablemask(gamma, length=70).mass(q.device, 64, 64)
+        out, lse, _ = flex.attend(
+            q, k, v, mass, scale=0.25, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j), block_mask=block_mask,
+            ordered=ordered, kernel_options={}, max_scores=False,
+        )  # fmt: skip
+        return out, lse
+
+    i = torch.arange(64)
+    kwargs = {"length": 70, "scale": 0.25, "visible": i[:, None] - i < 30, "bias": -0.1 * (i[:, None] - i)}
+    inputs = [*qkv(2, 4, 2, 64, 64, 16, torch.float32), torch.tensor([0.5, 0.1, 0.01, 0.0])]
+    check(run, inputs, lambda: kwargs, with_lse_grad=with_lse_grad)
+
+
+def test_row_maxima_are_those_of_the_whole_row():
+    """max_scores of A_SM: the largest pseudo score of row p is -(p+1) gamma, and row N-1 has none."""
+    from sm_flex.engines.flex import _row_max
+    from sm_flex.mass import Mass
+
+    real = torch.tensor([[[-9.0, -9.0, -9.0, -9.0, -9.0]]])
+    mass = Mass(torch.tensor(0.5), None, None, 4, 5)
+    assert _row_max(real, mass).tolist() == [[[-0.5, -1.0, -1.5, -9.0, -2.5]]]
+    q = k = torch.zeros(1, 1, 5, 2)
+    _, lse = oracle(q, k, k, gamma=0.5, length=4)
+    assert (lse >= _row_max(real, mass)).all()
