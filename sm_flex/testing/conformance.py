@@ -158,7 +158,7 @@ def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for feature, changes in {"": {}, **PROBES}.items():
         if feature == "sink" and not _names_sink(fn):
-            found[feature] = "its signature has no sink"
+            found[feature] = "its signature does not name it"
             continue
         arguments = PROBE.replace(**changes, dtype=dtype, device=device).arguments
         q, k, v = (arguments.pop(name) for name in "qkv")
@@ -166,7 +166,7 @@ def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:
             fn(q, k, v, **arguments)
         except NotImplementedError as error:
             if not feature:
-                return {} if _names_sink(fn) else {"sink": "its signature has no sink"}
+                return {} if _names_sink(fn) else {"sink": "its signature does not name it"}
             found[feature] = _line(error)
         except Exception:
             continue  # not a refusal: the law that is about it fails with it

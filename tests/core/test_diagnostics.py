@@ -14,7 +14,7 @@ from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, va
 from sm_flex.diagnostics import attention_map, first_token_share, real_share
 from sm_flex.engines import dense
 from sm_flex.testing import oracle
-from sm_flex.testing.judge import assert_within
+from sm_flex.testing.tolerance import assert_within
 from tests.helpers.problems import qkv
 
 GAMMA = torch.linspace(0.02, 0.9, 6).double()

@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import memory
 from benchmarks.speed.timing import training_peak
 from sm_flex import flex_attention, headwise_gamma, mass, scaled_dot_product_attention, stablemask
+from sm_flex.testing import assert_matches_eq11
 from sm_flex.visibility import mask_bias
-from tests.helpers.problems import check, qkv
+from tests.helpers.problems import leaves, qkv
 
 CPU = torch.device("cpu")
 Call = Callable[..., Any]
@@ -38,10 +39,6 @@ def operations(run: Callable[[], Any], shape: tuple[int, ...]) -> tuple[Counter[
             every[event.name] += 1
             large[event.name] += list(shape) in [list(x) for x in event.input_shapes]
     return every, +large
-
-
-def leaves(*shape: int) -> list[Tensor]:
-    return [torch.randn(shape, requires_grad=True) for _ in range(3)]
 
 
 def test_a_forward_pass_is_the_kernel_and_one_pass_over_its_output():
@@ -132,11 +129,11 @@ def test_a_chunk_longer_than_a_block_of_rows(kind: str, monkeypatch: pytest.Monk
     options: dict[str, Any] = {"length": 60, "positions": positions}
     if kind != "none":
         options |= {"visible": part} if kind.startswith("bool") else {"bias": attn_mask}
-    check(run, [*qkv(2, heads, 2, num_queries, num_keys, 8), gamma], lambda: options, with_lse_grad=kind == "none")
+    assert_matches_eq11(run, [*qkv(2, heads, 2, num_queries, num_keys, 8), gamma], options, with_lse_grad=kind == "none")
 
 
 def test_fewer_keys_than_queries_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch):
-    """The first rows see nothing: blocks of dead rows alone."""
+    """The first rows see nothing: blocks of fully masked rows alone."""
     from sm_flex import dispatch
 
     q, k, v = qkv(1, 2, 2, 40, 7, 8)
