@@ -50,13 +50,9 @@ def stablemask_attention(
     if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
         key, value = key[:, :, :num_positions], value[:, :, :num_positions]
         num_keys = num_positions
-    seen = masks.read(attention_mask, position_ids, num_queries, num_keys)
-    if position_ids is None and (seen.visible is not None or num_queries != num_keys):
-        raise ValueError(
-            f"{type(module).__name__} passes no position_ids to its attention, and this call has a mask or a cache (padding, "
-            "chunks, a window, a selection of keys): stablemask cannot tell where its rows are. Where the model makes a mask in "
-            "every call, stablemask cannot serve it"
-        )
+    seen = masks.read(attention_mask, num_queries, num_keys)
+    if position_ids is None:
+        _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
     positions, visible = position_ids, seen.visible
     if position_ids is not None:
         positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
@@ -89,6 +85,16 @@ def _check(module: nn.Module, is_causal: bool | None, position_ids: Tensor | Non
     keywords.check(module, kwargs)
     if position_ids is not None and position_ids.dim() != 2:
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
+
+
+def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:
+    """Without position_ids only a plain call is served: the positions 0..S-1, no mask and no cache."""
+    if masked or masks.lost_positions(num_queries):
+        raise ValueError(
+            f"{type(module).__name__} got no position_ids, and this call has a mask, a cache or positions of its own, so "
+            "stablemask cannot tell where its rows are: pass position_ids to the model. Where that does not help, the model does "
+            "not hand them to its attention, and only its plain calls are served"
+        )
 
 
 def _soft_capping(softcap: float | None) -> ScoreMod | None:

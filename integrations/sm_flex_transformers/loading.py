@@ -7,18 +7,14 @@ they did.
 """
 
 import functools
-import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
-from sm_flex_transformers import settings
+from sm_flex_transformers import masks, settings
+from sm_flex_transformers.interface import check_looks_up
 
 NAMES = ("stablemask",)
 logger = logging.get_logger(__name__)
@@ -34,65 +30,41 @@ def install() -> None:
     @functools.wraps(choose)
     def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention in NAMES:
-            _check_looks_up(type(self))
+            check_looks_up(type(self))
         chosen = choose(self, requested_attention, *args, **kwargs)
         settings.link_sub_configs(self.config)
-        if chosen not in NAMES:
+        if chosen in NAMES:
+            _watch_positions(self)
+        else:
             _warn_if_asked(self.config)
         return chosen
 
     @functools.wraps(change)
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         if attn_implementation in NAMES:
-            _check_looks_up(type(self))
+            check_looks_up(type(self))
         change(self, attn_implementation, *args, **kwargs)
         if _names_ours(attn_implementation):
             settings.link_sub_configs(self.config)
             for module in self.modules():
                 if isinstance(module, PreTrainedModel) and module.config is self.config.get_text_config():
-                    _check_looks_up(type(module))
+                    check_looks_up(type(module))
+                    _watch_positions(module)
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
     PreTrainedModel.set_attn_implementation = set_attn_implementation
+
+
+def _watch_positions(model: PreTrainedModel) -> None:
+    """Lets the attention know which position_ids its model was called with: not every model hands them on."""
+    if masks.note_position_ids not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(masks.note_position_ids, with_kwargs=True)
 
 
 def _names_ours(attn_implementation: Any) -> bool:
     if isinstance(attn_implementation, Mapping):
         return any(map(_names_ours, attn_implementation.values()))
     return attn_implementation in NAMES
-
-
-def _check_looks_up(model: type[PreTrainedModel]) -> None:
-    if not looks_up_attention(model):
-        raise NotImplementedError(
-            f"{model.__name__} does not use Transformers' attention interface: attn_implementation has no effect on it, and "
-            "it would run plain causal attention under StableMask's name"
-        )
-
-
-def looks_up_attention(model: type[PreTrainedModel]) -> bool:
-    """Whether a model's code asks for its attention by name; a model whose source cannot be read is trusted."""
-    try:
-        inspect.getsource(sys.modules[model.__module__])
-    except (KeyError, OSError, TypeError):
-        return True
-    return model._can_set_attn_implementation()
-
-
-def check_model_type(model_type: str) -> None:
-    """For a config whose attention was changed behind Transformers' back: raises NotImplementedError where it has no effect."""
-    if not _type_looks_up(model_type):
-        raise NotImplementedError(
-            f"{model_type} models do not use Transformers' attention interface: attn_implementation has no effect on them"
-        )
-
-
-@torch._dynamo.assume_constant_result
-def _type_looks_up(model_type: str) -> bool:
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
-        return True
-    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    return all(map(looks_up_attention, found if isinstance(found, (list, tuple)) else [found]))
 
 
 def _warn_if_asked(config: Any) -> None:

@@ -3,15 +3,17 @@
 Dimension letters: B sequences, S queries, P positions (S, or more where the model dropped rows), T keys.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
-from sm_flex_transformers.loading import check_model_type
+from sm_flex_transformers.interface import check_model_type
 
 NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
 
@@ -34,15 +36,16 @@ class Seen(NamedTuple):
 
 
 class _Forward:
-    """Whether the last call of stablemask_mask was given a 2-D attention_mask: where it returns None, nothing else tells."""
+    """What a layer is not handed, of the forward that is running."""
 
-    masked = False
+    masked = False  # whether stablemask_mask was given a 2-D attention_mask: where it returns None, nothing else tells
+    position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
 
 
 _FORWARD = _Forward()
 # Every layer of a forward is handed the same tensors, and reading one on a GPU waits for it: what was found out is kept.
-_MADE = WeakIdKeyDictionary()  # masks of stablemask_mask: (masked, Padding or None)
-_LAST_SEEN = WeakIdKeyDictionary()  # position ids: the Seen of the last layer that kept all rows
+# Masks of stablemask_mask, by their memory, since a model may hand on a slice.
+_MADE: dict[StorageWeakRef, Seen] = {}
 _RESTARTS = WeakIdKeyDictionary()  # position ids: (version, masked, padding, whether a document starts within)
 
 
@@ -56,7 +59,8 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     check_model_type(kwargs["config"].model_type)
     if "allow_is_bidirectional_skip" in kwargs:
         raise NotImplementedError(
-            "stablemask is causal and this layer asks for a bidirectional mask: use another attn_implementation for encoders"
+            "stablemask is causal and this model asks for a bidirectional mask, as encoders and cross-attention do: use another "
+            "attn_implementation"
         )
     mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
     _FORWARD.masked = padding is not None
@@ -66,8 +70,26 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     # A single new token has no later key, and to look would wait for the GPU in every decode step.
     if num_queries > 1:
         _check_causal(mask, int(first_query) - int(kwargs.get("kv_offset", 0)))
-    _MADE[mask] = (padding is not None, None if padding is None else _padding(padding, first_query, num_queries))
+    for memory in [memory for memory in tuple(_MADE) if memory.expired()]:
+        _MADE.pop(memory, None)
+    made = Seen(None, False, padding is not None, None if padding is None else _padding(padding, first_query, num_queries))
+    _MADE[StorageWeakRef(mask.untyped_storage())] = made
     return mask
+
+
+def note_position_ids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of models, for those whose attention is handed no position_ids."""
+    if not torch.compiler.is_compiling():
+        given = kwargs.get("position_ids")
+        _FORWARD.position_ids = weakref.ref(given) if isinstance(given, Tensor) else None
+
+
+def lost_positions(num_queries: int) -> bool:
+    """Whether the model was called with position_ids other than 0..S-1. For a layer that is handed none."""
+    given = None if _FORWARD.position_ids is None else _FORWARD.position_ids()
+    if given is None or torch.compiler.is_compiling() or not has_values(given):
+        return False
+    return given.shape[-1] == num_queries and not bool((given == torch.arange(num_queries, device=given.device)).all())
 
 
 def _padding(mask_BT: Tensor, first_query: int | Tensor, num_queries: int) -> Padding:
@@ -83,22 +105,16 @@ def has_values(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num_keys: int) -> Seen:
+def read(mask: Tensor | None, num_queries: int, num_keys: int) -> Seen:
     """What a layer was given. A mask that the user made may be a float padding mask."""
     if mask is None:
-        seen = Seen(None, False, _FORWARD.masked, None)
-    elif not has_values(mask):
-        seen = Seen(_traced(mask, num_queries, num_keys), False, _FORWARD.masked, None)
-    elif mask in _MADE:
-        seen = Seen(mask, False, *_MADE[mask])
-    elif position_ids is not None and position_ids.shape[1] > num_queries and position_ids in _LAST_SEEN:
-        # The rows that the model kept of a mask that an earlier layer was given whole.
-        seen = _LAST_SEEN[position_ids]._replace(visible=_as_bool(mask, num_queries, num_keys))
-    else:
-        seen = Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
-    if position_ids is not None and position_ids.shape[1] == num_queries and not torch.compiler.is_compiling():
-        _LAST_SEEN[position_ids] = seen._replace(visible=None)
-    return seen
+        return Seen(None, False, _FORWARD.masked, None)
+    if not has_values(mask):
+        return Seen(_traced(mask, num_queries, num_keys), False, _FORWARD.masked, None)
+    made = _MADE.get(StorageWeakRef(mask.untyped_storage()))
+    if made is not None:
+        return made._replace(visible=mask)
+    return Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
 
 
 def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
@@ -119,8 +135,9 @@ def _as_bool(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
         visible = mask == 0
         if not (visible | (mask <= torch.finfo(mask.dtype).min)).all():
             raise NotImplementedError(
-                "a float attention mask must hold 0 where a key is visible and the dtype's minimum or -inf where it is not: "
-                "stablemask takes no additive bias this way, use sm_flex.stablemask(..., score_mod=...) in a model of your own"
+                "a float attention mask, passed to the model or made by it, must hold 0 where a key is visible and the dtype's "
+                "minimum or -inf where it is not: stablemask takes no additive bias this way, use "
+                "sm_flex.stablemask(..., score_mod=...) in a model of your own"
             )
     elif mask.dtype != torch.bool:
         raise TypeError(f"a custom attention mask must be bool or floating, got {mask.dtype}")

@@ -68,7 +68,9 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     if isinstance(gamma, list):
         gamma = tuple(gamma)
     make = _cached_gamma if keep else _gamma
-    return Settings(make(gamma, config.num_attention_heads, device), _length(given.get("length"), config))
+    heads = getattr(config, "num_attention_heads_per_layer", None)  # Laguna
+    num_heads = config.num_attention_heads if heads is None or layer is None else heads[layer]
+    return Settings(make(gamma, num_heads, device), _length(given.get("length"), config))
 
 
 def _length(length: Any, config: Any) -> int:
