@@ -35,8 +35,8 @@ def test_the_decode_steps_of_both_are_full_passes() -> None:
     with torch.no_grad():
         causal, ours = (made[name](ids).logits for name in (decode.CAUSAL, decode.STABLEMASK))
         assert (causal - ours).abs().max() > 1e-4
-        first = made[decode.STABLEMASK](ids[:, :8])
-        step = made[decode.STABLEMASK](ids[:, 8:], past_key_values=first.past_key_values).logits
+        model, cache = made[decode.STABLEMASK], decode.cache_name(made[decode.STABLEMASK])
+        step = model(ids[:, 8:], **{cache: model(ids[:, :8])[cache]}).logits
     torch.testing.assert_close(step[:, 0], ours[:, 8], rtol=1e-4, atol=1e-5)
 
 

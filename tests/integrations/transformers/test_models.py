@@ -11,7 +11,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from sm_flex import flex_attention, headwise_gamma, stablemask
 from sm_flex_transformers import stablemask_attention
-from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, SOFT_CAPPED, agree, model_of, ragged, tokens
+from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, SOFT_CAPPED, agree, cache_name, model_of, ragged, tokens
 
 # Transformers keeps RoPE's angles in float32, so a shift by the padding moves plain causal logits by 1e-6 as well.
 ROPE = 1e-5
@@ -98,7 +98,7 @@ def test_chunked_prefill_is_the_full_pass(name: str) -> None:
     with torch.no_grad():
         full = model(ids).logits
         cache = DynamicCache(config=model.config)
-        chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split([4, 9, 1, 8, 7], dim=1)]
+        chunks = [model(chunk, **{cache_name(model): cache}).logits for chunk in ids.split([4, 9, 1, 8, 7], dim=1)]
     agree(torch.cat(chunks, 1), full)
 
 
