@@ -40,7 +40,6 @@ def test_the_decode_steps_of_both_are_full_passes() -> None:
     torch.testing.assert_close(step[:, 0], ours[:, 8], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_finetune_starts_from_the_causal_model_and_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("".join(f"line {i} of some text; " for i in range(400)))
     finetune.main(

@@ -216,7 +216,6 @@ def test_packed_rows_stay_apart_when_compiled_with_a_cache(fresh_compiler: None)
         agree(packed.logits, torch.cat([model(document).logits for document in documents], 1), ROPE)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_trainer_packs_and_learns(tmp_path: Path) -> None:
     """Trainer on packed rows: the losses of the same run with eq. 11, and not those of causal attention."""
     data = [{"input_ids": tokens(1, n)[0].tolist()} for n in (5, 11, 3, 9, 14, 2, 7, 8) * 3]
