@@ -8,6 +8,7 @@ is what a mass that follows the length of the call would need. On a GPU the firs
 compiler's share is spent before the clock starts). The figure to look at is the ratio of StableMask to causal.
 """
 
+import inspect
 import json
 import shlex
 import statistics
@@ -55,14 +56,20 @@ def models(shape: dict[str, int], contexts: tuple[int, ...], device: torch.devic
     return made
 
 
+def cache_name(model: LlamaForCausalLM) -> str:
+    """The keyword that forward takes a cache under: "cache" from Transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def cached_step(model: Any, cache: DynamicCache | StaticCache, ids: torch.Tensor) -> Step:
     """Fills the cache with ids and returns what decodes one more token, at one more position each time."""
     prefill = getattr(model, "_orig_mod", model)
-    prefill(ids, past_key_values=cache, logits_to_keep=1)
+    kept = {cache_name(prefill): cache}
+    prefill(ids, **kept, logits_to_keep=1)
     position = torch.full((1, 1), ids.shape[1], device=ids.device)
 
     def step(token: torch.Tensor) -> None:
-        model(token, past_key_values=cache, position_ids=position.clone())
+        model(token, **kept, position_ids=position.clone())
         position.add_(1)
 
     return step

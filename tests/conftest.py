@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Transformers logs some of its deprecations instead of warning, and each once only."""
+    yield
+    logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
+    assert not [message for message in logged if "deprecated" in message]
 
 
 @pytest.fixture
