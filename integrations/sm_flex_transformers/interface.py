@@ -35,7 +35,8 @@ def looks_up_attention(model: type[PreTrainedModel]) -> bool:
 
 def _is_composite(model: type[PreTrainedModel]) -> bool:
     """Whether its parts are models of their own, each asked when it is built."""
-    parts = model.config_class.sub_configs.values() if model.config_class else ()
+    config_class: Any = model.config_class
+    parts = config_class.sub_configs.values() if config_class else ()
     return any(part is AutoConfig or part in MODEL_MAPPING for part in parts)
 
 
