@@ -40,6 +40,7 @@ for title, with_gamma, with_sink in (("gamma", True, False), ("sink (gpt-oss)", 
     target = scaled_dot_product_attention(q, k, v, is_causal=True, score_mod=mask)
     student = Attention(with_gamma, with_sink)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    loss = torch.tensor(torch.inf)
     for _ in range(500):
         optimizer.zero_grad()
         loss = (student(q, k, v) - target).square().mean()

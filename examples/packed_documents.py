@@ -25,9 +25,9 @@ alone = torch.cat(
 
 # 1. varlen_attn. It knows where documents start, so positions restart by themselves.
 starts = torch.tensor([0, 5, 14, 21], dtype=torch.int32)
-rows = [x[0].transpose(0, 1) for x in (q, k, v)]  # (tokens, heads, dim)
+q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))  # (tokens, heads, dim)
 mask = stablemask(gamma, length=training_length)
-by_varlen = varlen_attn(*rows, starts, starts, max(lengths), max(lengths), window_size=(-1, 0), score_mod=mask)
+by_varlen = varlen_attn(q_THD, k_THD, v_THD, starts, starts, max(lengths), max(lengths), window_size=(-1, 0), score_mod=mask)
 
 # 2. and 3. One mask says who sees whom, positions say how much mass each row carries. They are two things.
 document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
