@@ -61,6 +61,7 @@ def stablemask_attention(
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
     selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
     if selected is not None:
+        keywords.check_selected_within(module, seen.visible, visible)
         visible = selected if visible is None else visible & selected
     if visible is None and 1 < num_queries < num_keys:  # rows were dropped: those left are the last
         visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)

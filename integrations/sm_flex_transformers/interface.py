@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 LOOK_UP = "ALL_ATTENTION_FUNCTIONS.get_interface("
+TABLE = "_ATTENTION_CLASSES[config._attn_implementation]"  # a class for each name that the model knows (GIT)
 
 
 def check_looks_up(model: type[PreTrainedModel]) -> None:
@@ -23,7 +24,11 @@ def check_looks_up(model: type[PreTrainedModel]) -> None:
 def looks_up_attention(model: type[PreTrainedModel]) -> bool:
     """Whether a model's code asks for its attention by name; a model whose source cannot be read is trusted."""
     source = _source(model)
-    if source is None or LOOK_UP in source or _is_composite(model):
+    if source is None:
+        return True
+    if TABLE in source:
+        return False
+    if LOOK_UP in source or _is_composite(model):
         return True
     if not model._can_set_attn_implementation():
         return False

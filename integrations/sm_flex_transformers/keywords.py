@@ -90,3 +90,18 @@ def selected_keys(
         rows = position_ids[:, -query.shape[2] :]
         return build(blocks, attention_mask, num_keys, query.dtype, query.device, rows.expand(query.shape[0], -1)) == 0
     return None
+
+
+def check_selected_within(module: nn.Module, told: Tensor | None, visible: Tensor | None) -> None:
+    """A selection is made among the keys that the model's mask shows: refused where the documents in a row narrow it further."""
+    if visible is None or visible is told:
+        return
+    why = (
+        f"{type(module).__name__} selects keys by itself and was not told of the packed documents in the row: call the model "
+        "with use_cache=False and no attention_mask, where Transformers makes the mask for them"
+    )
+    same = told is not None and (told == visible).all()
+    if torch.compiler.is_compiling() and isinstance(same, Tensor):
+        torch.ops.aten._assert_async.msg(same, why)
+    elif not same:
+        raise NotImplementedError(why)

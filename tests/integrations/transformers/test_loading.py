@@ -17,6 +17,8 @@ from transformers import (
     FalconConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     GPTNeoConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -71,6 +73,14 @@ def test_and_where_it_is_told_to_change(config: Any) -> None:
     for asked in ("stablemask", {"": "stablemask"}):
         with pytest.raises(NotImplementedError, match="do not use Transformers' attention interface"):
             model.set_attn_implementation(asked)
+
+
+def test_a_model_with_a_table_of_attentions_is_refused_in_words() -> None:
+    """GIT's text attention is looked up in a table of classes, its image attention by name: stock stops with a KeyError."""
+    config = GitConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    config._attn_implementation = "stablemask"
+    with pytest.raises(NotImplementedError, match="GitForCausalLM models do not use Transformers' attention interface"):
+        GitForCausalLM(config)
 
 
 def test_and_at_the_forward_where_the_config_was_changed_by_hand() -> None:

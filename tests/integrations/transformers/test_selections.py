@@ -68,6 +68,19 @@ def test_a_models_own_selection_of_keys_is_kept(make: Any, cache: bool) -> None:
     assert (hidden("stablemask") - hidden("sdpa")).abs().max() > 1e-2
 
 
+def test_a_selection_that_was_not_told_of_packed_documents_is_refused() -> None:
+    """With a cache Transformers makes no mask for packed rows: an indexer would pick its keys from other documents too."""
+    model, ids = mistral_large4().eval(), torch.arange(2, 15)[None]
+    model.set_attn_implementation("stablemask")
+    where = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        packed = model(ids, position_ids=where, use_cache=False).last_hidden_state
+        for part in (slice(0, 6), slice(6, 13)):
+            agree(packed[:, part], model(ids[:, part], use_cache=False).last_hidden_state, 1e-4)
+        with pytest.raises(NotImplementedError, match="was not told of the packed documents in the row"):
+            model(ids, position_ids=where)
+
+
 def stand_in_for_all_keys(hidden: Any) -> Tensor:
     """The same forward with every key visible: what a swallowed selection gives."""
     with pytest.MonkeyPatch.context() as patch:
