@@ -54,11 +54,12 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
+    whole = config
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
-    given = asked(config)
+    given = getattr(config, "stablemask", None)
     if given is None:
-        given = {}
+        given = asked(whole) or {}
     if not isinstance(given, dict):
         raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")
     unknown = sorted(set(given) - set(KEYS))

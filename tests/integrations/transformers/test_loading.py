@@ -17,6 +17,8 @@ from transformers import (
     FalconConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GitConfig,
     GitForCausalLM,
     GPTNeoConfig,
@@ -201,6 +203,28 @@ def test_the_setting_of_a_composite_model_is_saved_and_loaded(tmp_path: Path) ->
     assert (logits(loaded) - logits(composite())).abs().max() > 1e-2
     with pytest.raises(ValueError, match=r"is 2.0 and the target of GammaSchedule 'headwise': pass target=2.0"):
         GammaSchedule(5).on_train_begin(None, SimpleNamespace(global_step=0), None, model=loaded)
+
+
+def test_the_setting_of_the_whole_counts_where_layers_have_configs_of_their_own() -> None:
+    """Gemma 4: a layer's config is a new object, which nothing ties to the whole."""
+    text = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 61, "num_kv_shared_layers": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    made = []
+    for whole in ({"gamma": float("inf"), "length": 23}, None):
+        config = Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+        config.stablemask = whole
+        torch.manual_seed(0)
+        made.append(Gemma4ForConditionalGeneration(config).double().eval())
+    for model in made:
+        model.set_attn_implementation({"text_config": "stablemask"})
+    asked_for, default = map(logits, made)
+    made[0].set_attn_implementation({"text_config": "sdpa"})
+    agree(asked_for, logits(made[0]))
+    assert (asked_for - default).abs().max() > 1e-2
 
 
 def test_a_wrong_setting_of_the_whole_is_refused() -> None:
