@@ -200,7 +200,7 @@ def test_missing_and_multi_axis_positions() -> None:
     layer = llama().model.layers[0].self_attn
     q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 5, 8)
     visible = torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)
-    with pytest.raises(ValueError, match="LlamaAttention passes no position_ids"):
+    with pytest.raises(ValueError, match="LlamaAttention got no position_ids"):
         stablemask_attention(layer, q, k, k, visible)
     with pytest.raises(NotImplementedError, match=r"position_ids must be \(B, S\), got \(3, 1, 2\)"):
         stablemask_attention(layer, q, k, k, visible, position_ids=torch.zeros(3, 1, 2, dtype=torch.long))
