@@ -11,7 +11,7 @@ test:
 	$(BIN)/pytest
 
 fast: ## the core alone, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/core tests/test_docs.py tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/core tests/test_packaging.py
 
 lint:
 	$(BIN)/ruff check .
