@@ -59,7 +59,7 @@ def table(done: list[Search]) -> str:
         results = [x.result for x in done if x.path == path]
         not_run = sorted({x.law for x in results if x.status == "not run"})
         rows.append(
-            (path, sum(x.requests for x in results), sum(x.refused for x in results), _wrong(results), ", ".join(not_run))
+            (path, sum(x.problems for x in results), sum(x.refused for x in results), _wrong(results), ", ".join(not_run))
         )
     return report.markdown_table(("way in, engine", "requests", "refused", "laws broken", "laws not run"), rows)
 
@@ -89,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     done = run(args.max_examples, args.seed, args.device)
     seconds = time.perf_counter() - start
     results = [x.result for x in done]
-    requests, wrong = sum(x.requests for x in results), _wrong(results)
+    requests, wrong = sum(x.problems for x in results), _wrong(results)
     laws: list[dict[str, Any]] = [
-        {"path": x.path, "dtype": str(x.dtype), "law": x.result.law, "status": x.result.status, "requests": x.result.requests,
+        {"path": x.path, "dtype": str(x.dtype), "law": x.result.law, "status": x.result.status, "requests": x.result.problems,
          "refused": x.result.refused, "why": x.result.why, "code": x.result.code}
         for x in done
     ]  # fmt: skip

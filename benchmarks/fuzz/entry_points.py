@@ -1,4 +1,4 @@
-"""Every way into sm_flex as one attention each, in the form that sm_flex.testing calls (sm_flex/testing/answer.py).
+"""Every way into sm_flex as one attention each, in the form that sm_flex.testing calls (sm_flex/testing/contract.py).
 
 python -m sm_flex.testing benchmarks.fuzz.entry_points:flex_dense
 """
@@ -13,22 +13,28 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import StableMask, flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.testing.answer import Attention
+from sm_flex.testing.contract import Attention
 
 BLOCK = 16
 
 
-def flex_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-    return _flex("FLASH_ATTENTION", q, k, v, visible, request)
+def flex_cpu(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return _flex("FLASH_ATTENTION", q, k, v, visible, {**options, "sink": sink})
 
 
-def flex_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-    return _flex("MATH", q, k, v, visible, request)
+def flex_dense(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return _flex("MATH", q, k, v, visible, {**options, "sink": sink})
 
 
-def flex_score_mod(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
+def flex_score_mod(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """An inner score_mod that scales the scores and hides what is not visible."""
-    scale = request.pop("scale")
+    scale = options.pop("scale")
     factor = 1.0 if scale is None else scale * q.shape[-1] ** 0.5
 
     def inner(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -38,31 +44,42 @@ def flex_score_mod(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, *
         return torch.where(visible[b, torch.zeros_like(h), q_idx, kv_idx], score, -torch.inf)
 
     out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**request, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
+        q, k, v, score_mod=_mask(**options, sink=sink, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
     assert aux.lse is not None
     return out, aux.lse
 
 
-def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
+def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(q, k, v, _beyond_causal(visible), request)
+        return _sdpa(q, k, v, _beyond_causal(visible), {**options, "sink": sink})
 
 
-def sdpa_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
+def sdpa_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(q, k, v, _beyond_causal(visible), request)
+        return _sdpa(q, k, v, _beyond_causal(visible), {**options, "sink": sink})
 
 
-def sdpa_float_mask(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
+def sdpa_float_mask(
+    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+) -> Tensor:
     """The mask as a bias of 0 and -inf; on a CPU by its kernel."""
     seen = _beyond_causal(visible)
     bias = None if seen is None else torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-    return _sdpa(q, k, v, bias, request)
+    return _sdpa(q, k, v, bias, {**options, "sink": sink})
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, positions: Tensor | None, visible: Tensor | None, scale: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    visible: Tensor | None,
+    scale: Any,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch packed into one row, a document for each of its rows, or for each that the mask has."""
     batch, heads, num_queries, dim = q.shape
@@ -85,7 +102,7 @@ def varlen(
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q, k, v))
     out, lse = varlen_attn(
         q, k, v, cu_q, cu_k, num_queries, num_keys, window_size=(window, 0), scale=scale, enable_gqa=True,
-        return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions),
+        return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions, sink=sink),
     )  # fmt: skip
     return out.reshape(batch, num_queries, heads, dim).transpose(1, 2), lse.reshape(heads, batch, num_queries).transpose(0, 1)
 
@@ -124,8 +141,10 @@ CPU_PATHS: dict[str, Attention] = {
 
 
 def _on_cuda(backend: str) -> Attention:
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-        return _flex(backend, q, k, v, visible, request)
+    def fn(
+        q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        return _flex(backend, q, k, v, visible, {**options, "sink": sink})
 
     return fn
 
@@ -142,30 +161,37 @@ CUDA_PATHS: dict[str, Attention] = {
 }
 
 
-def _mask(gamma: Tensor, length: int, positions: Tensor | None, score_mod: Callable[..., Tensor] | None = None) -> StableMask:
-    # One rate for all heads that is not learned goes in as the number that it is.
+def _mask(
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    sink: Tensor | None,
+    score_mod: Callable[..., Tensor] | None = None,
+) -> StableMask:
+    # One gamma for all heads that is not learned goes in as the number that it is.
     uniform = not gamma.requires_grad and bool((gamma == gamma[0]).all())
-    return stablemask(gamma[0].item() if uniform else gamma, length=length, positions=positions, score_mod=score_mod)
+    number_or_tensor = gamma[0].item() if uniform else gamma
+    return stablemask(number_or_tensor, length=length, positions=positions, score_mod=score_mod, sink=sink)
 
 
 def _flex(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, request: dict[str, Any]
+    backend: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    scale = request.pop("scale")
+    scale = options.pop("scale")
     out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**request), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
+        q, k, v, score_mod=_mask(**options), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
         kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     assert aux.lse is not None
     return out, aux.lse
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, request: dict[str, Any]) -> Tensor:
-    scale = request.pop("scale")
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    scale = options.pop("scale")
     if attn_mask is None and q.shape[2] != k.shape[2]:
         attn_mask = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
     return scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=attn_mask is None, scale=scale, enable_gqa=True, score_mod=_mask(**request)
+        q, k, v, attn_mask, is_causal=attn_mask is None, scale=scale, enable_gqa=True, score_mod=_mask(**options)
     )
 
 

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sm_flex import identity
 from sm_flex.engines import Call, Settings, rule
-from sm_flex.testing import oracle
+from sm_flex.testing import assert_matches_eq11, oracle
 from sm_flex.visibility import block_mask_rows, causal_rows, narrow_block_mask
+from tests.helpers.problems import qkv
 
 CUDA = "cuda"
 fake_cuda = pytest.mark.skipif(
@@ -267,7 +268,6 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
 
     from sm_flex.engines import flex
     from sm_flex.score_mod import stablemask
-    from tests.helpers.problems import check, qkv
 
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     real = torch_flex._apply_kernel_options
@@ -292,7 +292,7 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     i = torch.arange(64)
     kwargs = {"length": 70, "scale": 0.25, "visible": i[:, None] - i < 30, "bias": -0.1 * (i[:, None] - i)}
     inputs = [*qkv(2, 4, 2, 64, 64, 16, torch.float32), torch.tensor([0.5, 0.1, 0.01, 0.0])]
-    check(run, inputs, lambda: kwargs, with_lse_grad=with_lse_grad)
+    assert_matches_eq11(run, inputs, kwargs, with_lse_grad=with_lse_grad)
 
 
 def test_row_maxima_are_those_of_the_whole_row():
