@@ -75,7 +75,7 @@ def write(stem: Path, title: str, source: dict[str, str], table: str, notes: str
     header = "\n".join(f"- {key}: {value}" for key, value in source.items())
     text = f"# {title}\n\n{header}\n\n{table}\n\n{notes.strip()}\n"
     stem.with_name(stem.name + ".md").write_text(text, encoding="utf-8")
-    stem.with_name(stem.name + ".json").write_text(json.dumps({**record, "source": source}, indent=1) + "\n", encoding="utf-8")
+    stem.with_name(stem.name + ".json").write_text(json.dumps({**record, "source": source}, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
