@@ -17,7 +17,7 @@ DENSE_UP_TO = 4096
 # Engines: a pair (plain attention, StableMask on it) each, but for the last four, which have a partner among these.
 PAIRS = ("flash", "cudnn", "cpu", "cpu compiled", "varlen", "flex", "flex FLASH")
 OURS_ALONE = ("auto", "auto compiled")
-RIVALS = ("titan", "dense")
+BASELINES = ("titan", "dense")
 # What sm_flex.flex_attention calls the same engine: kernel_options={"BACKEND": ...}.
 BACKEND_OF = {
     "flash": "FLASH_ATTENTION",
