@@ -2,10 +2,10 @@
 
     python -m benchmarks.decode
 
-One LLaMA of Transformers with random weights, by three ways in turn, so that a busy machine slows all alike: plain causal
-attention (sdpa) with a cache, StableMask with a cache, and StableMask that recomputes the whole context for each token, which
-is what a mass that follows the length of the call would need. On a GPU the first two also compiled, with a static cache (the
-compiler's share is spent before the clock starts). The figure to look at is the ratio of StableMask to causal.
+One LLaMA of Transformers with random weights, in turn, so that a busy machine slows all alike: plain causal
+attention (sdpa) with a cache, StableMask with a cache, and StableMask that recomputes the whole context for
+each token, which a mass that follows the length of the call would need. On a GPU the first two also compiled,
+with a static cache; compiling is not timed. The figure to look at is the ratio of StableMask to causal.
 """
 
 import statistics

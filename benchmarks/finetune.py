@@ -2,10 +2,11 @@
 
     python -m benchmarks.finetune
 
-A small LLaMA of Transformers learns the bytes of real text with plain causal attention. Then three copies of it go on with the
-same batches: still causal; StableMask head-wise from the first step; StableMask with GammaSchedule, which brings the mass in
-over the first half of the steps. The loss is nats a byte on other files along the way and before the first step, where
-head-wise is what a user gets who only changes the flag.
+A small LLaMA of Transformers learns the bytes of real text with plain causal attention. Then three copies of
+it go on with the same batches: still causal; StableMask head-wise from the first step; StableMask with
+GammaSchedule, which brings the mass in over the first half of the steps. The loss is in nats per byte on
+other files, along the way and before the first step. There, head-wise is what a user gets who only changes
+the flag.
 """
 
 import copy

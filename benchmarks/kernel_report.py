@@ -1,9 +1,9 @@
-"""Compile the remask kernel ahead of time for three GPU generations, without a GPU, and report what the compiler made of it.
+"""What the compiler makes of the remask kernel, ahead of time, for three GPU generations, without a GPU.
 
     python -m benchmarks.kernel_report
 
-Each variant is compiled to a cubin as a launch with contiguous tensors would specialise it; registers, local memory and
-stack come from the cubin itself. Any spill (local memory or stack) fails the run.
+Each variant is compiled to a cubin as a launch with contiguous tensors would specialise it; registers, local
+memory and stack come from the cubin itself. Any spill (local memory or stack) fails the run.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""The memory of a training pass, for every entry point that a CPU has, against scaled_dot_product_attention's.
+"""The memory of a training pass by every entry point of a CPU, against scaled_dot_product_attention's.
 
     python -m benchmarks.memory
 
-One head, forward and backward, inputs included: the most bytes held at once, as PyTorch's allocator reports them.
-None may hold anything of S x S. The numbers do not depend on the machine.
+One head, forward and backward, inputs included: the most bytes held at once, as PyTorch's allocator reports
+them. None may hold anything of S x S. The numbers do not depend on the machine.
 """
 
 import math

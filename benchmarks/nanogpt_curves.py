@@ -1,15 +1,15 @@
 """Loss curves of the real nanoGPT, plain causal against StableMask, by the launcher and over several seeds.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m benchmarks.nanogpt_curves nanoGPT        # Python's own standard library is the text; 15 minutes on one idle core
+    python -m benchmarks.nanogpt_curves nanoGPT       # on Python's standard library; 15 minutes on a core
 
-The checkout's scripts are copied to a temporary folder, the text becomes bytes in train.bin and val.bin there (files of the
-validation are not those of the training), and nanoGPT's own train.py runs through ``python -m sm_flex_nanogpt``, once for
-each attention and seed. nanoGPT has its seed in its code, so a config file, which its configurator runs as Python inside
-train.py, puts another in its place.
+The checkout's scripts are copied to a temporary folder, the text becomes bytes in train.bin and val.bin there
+(files of the validation are not those of the training), and nanoGPT's own train.py runs through ``python -m
+sm_flex_nanogpt``, once for each attention and seed. nanoGPT has its seed in its code, so a config file, which
+its configurator runs as Python inside train.py, puts another in its place.
 
-Without dropout both attentions take the same random numbers: the same weights, and the same batches to train and to validate
-on. What differs between the two curves of a seed is the attention.
+Without dropout both attentions take the same random numbers: the same weights, and the same batches to train
+and to validate on. What differs between the two curves of a seed is the attention.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The README's picture: one StableMask attention matrix with its pseudo scores, and the share of each row that is real.
+"""The README's picture: an attention matrix with its pseudo scores, and the share of each row that is real.
 
 python -m benchmarks.picture        writes benchmarks/results/stablemask.png
 """

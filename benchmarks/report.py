@@ -1,7 +1,8 @@
-"""What every benchmark of this folder shares: its command line, where its result comes from, and the files that say so.
+"""What every benchmark shares: its command line, where its result comes from, and the files that say so.
 
-A result file is <what>_<machine>_<yyyymm>.md, with a .json, and perhaps a .png, of the same name: a header with the
-device, the versions, the commit and the command, then tables. Scripts write these files, nobody edits them.
+A result file is <what>_<machine>_<yyyymm>.md, with a .json, and perhaps a .png, of the same name: a header
+with the device, the versions, the commit and the command, then tables. Scripts write these files, nobody
+edits them.
 """
 
 import argparse
@@ -73,8 +74,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class Result:
-    """The result files of one run: <folder>/<what>_<machine>_<yyyymm>. Made before the run, to refuse a bad folder and
-    to name the commit that runs; machine is cpu2 (two cores) or the GPU's name.
+    """The files of one run, <folder>/<what>_<machine>_<yyyymm>; machine: cpu2 (two cores), or the GPU's name.
+
+    Made before the run, to refuse a bad folder and to name the commit that runs.
     """
 
     def __init__(self, parser: Parser, folder: Path, what: str, device: torch.device, **source: str) -> None:
@@ -109,7 +111,7 @@ class Result:
         self, title: str, tables: str, notes: str, record: dict[str, Any],
         figures: "Mapping[str, Figure] | None" = None, summary: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Writes, and prints the tables, the files' names, and last summary, or record, as one line of JSON."""
+        """Writes, and prints the tables, the files' names, and summary (or record) as one line of JSON."""
         self.write(title, tables, notes, record, figures)
         names = [f"{suffix}.png" for suffix in figures or {}] + [".md", ".json"]
         print(tables, f"wrote {', '.join(str(self.path(name)) for name in names)}", sep="\n")
@@ -117,7 +119,7 @@ class Result:
 
 
 def out_folder(path: Path) -> Path:
-    """path as a folder that can be written to, made if need be; OSError, before any work is done, if it cannot be."""
+    """path as a folder that can be written to, made if need be; OSError if it cannot be."""
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--out: {path} is not a folder")
     path.mkdir(parents=True, exist_ok=True)

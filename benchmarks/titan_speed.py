@@ -1,13 +1,14 @@
-"""Step time and memory of torchtitan's own trainer, with torchtitan's causal attention and with StableMask. On a GPU:
+"""Step time and memory of torchtitan's own trainer, with its causal attention and with StableMask. On a GPU:
 
     python -m benchmarks.titan_speed
 
-The model is llama3 8B with --layers of its 32 layers, so that one GPU holds it with its optimizer; tokens are random, packed
-into documents. Every training is a process of its own, whose peak memory is the variant's, and the variants alternate,
---repeats times. Everything else is torchtitan's default: flex compiled by itself, selective checkpointing, CUDA graphs;
---compile compiles the layers too. The figure to look at is the ratio of StableMask to causal.
+The model is llama3 8B with --layers of its 32 layers, so that one GPU holds it with its optimizer; tokens are
+random, packed into documents. Every training is a process of its own, whose peak memory is the attention's. The
+two alternate, --repeats times. Everything else is torchtitan's default: flex compiled by itself, selective
+checkpointing, CUDA graphs; --compile compiles the layers too. The figure to look at is the ratio of StableMask to causal.
 
-On a CPU, where torch's flex cannot train, the debug model is taken, and gamma = inf is causal: a trial of this script.
+On a CPU, where torch's flex cannot train, the debug model is taken, and gamma = inf is causal: a trial of
+this script.
 """
 
 import importlib.metadata

@@ -1,10 +1,10 @@
-"""Requests without a wrong one: every law of sm_flex.testing, over every entry point and engine, in every dtype.
+"""Every law of sm_flex.testing, over every entry point and engine, in every dtype.
 
     python -m benchmarks.fuzz --max-examples 10000          # a few minutes on one core
 
-Laws are stated in sm_flex/testing/laws.py, the entry points in entry_points.py. A law is held against several calls of
-one request; the requests are split evenly over laws, entry points and dtypes. A wrong one is printed as code, shrunk, and
-the exit code is 1.
+Laws are stated in sm_flex/testing/laws.py, the entry points in entry_points.py. A law is held against several
+calls of one request; the requests are split evenly over laws, entry points and dtypes. A wrong one is printed
+as code, shrunk, and the exit code is 1.
 """
 
 import time
@@ -28,7 +28,7 @@ class Search(NamedTuple):
 
 
 def run(max_examples: int, seed: int, device: str) -> list[Search]:
-    """Every law on every entry point, in every dtype, by max_examples requests or a few more; some may be refused."""
+    """Every law on every entry point in every dtype, by max_examples requests or a few more."""
     cuda = device.startswith("cuda")
     paths, dtypes = (CUDA_PATHS, CUDA_DTYPES) if cuda else (CPU_PATHS, CPU_DTYPES)
     plans = [

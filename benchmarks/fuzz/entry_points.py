@@ -1,4 +1,4 @@
-"""Every entry point of sm_flex as one attention, in the form that sm_flex.testing calls (sm_flex/testing/answer.py).
+"""Every entry point of sm_flex as one attention, in the form that sm_flex.testing calls.
 
 python -m sm_flex.testing benchmarks.fuzz.entry_points:flex_dense
 """
@@ -55,7 +55,7 @@ def flex_score_mod(
 
 
 def sdpa_on(*backends: SDPBackend, as_bias: bool = False) -> Attention:
-    """scaled_dot_product_attention on one of torch's kernels, or on torch's choice; as_bias: the mask as 0 and -inf."""
+    """scaled_dot_product_attention on a kernel, or on torch's choice; as_bias: the mask as 0 and -inf."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, scale: float | None, **problem: Any) -> Tensor:
         attn_mask = _beyond_causal(visible)
@@ -174,7 +174,7 @@ def _block_mask(visible: Tensor | None) -> BlockMask | None:
 
 
 def _documents(visible: Tensor) -> tuple[list[int], int]:
-    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) that is made of those alone."""
+    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) of those alone."""
     rows = torch.arange(visible.shape[-1], device=visible.device)
     first = visible[0, 0].int().argmax(-1)  # the first key that each row sees
     starts = torch.where(first == rows, rows, 0).cummax(0).values

@@ -1,14 +1,16 @@
-"""Does it help? A small LLaMA-style decoder learns real text with StableMask and with its baselines, and is measured.
+"""Does it help? A small LLaMA-style decoder learns real text with StableMask and with its baselines.
 
-    python -m benchmarks.lm                # causal against StableMask on Python's own standard library; two minutes on two cores
-    python -m benchmarks.lm --variants all --seeds 3 --steps 1000 --text benchmarks/out/anarchism    # published: 45 minutes
-    python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3        # on a GPU
+    python -m benchmarks.lm        # causal against StableMask on Python's library; two minutes on two cores
+    python -m benchmarks.lm --variants all --seeds 3 --steps 1000 --text benchmarks/out/anarchism  # published
+    python -m benchmarks.lm --preset 71M --dataset wikitext-103 --variants all --seeds 3    # on a GPU
 
-Each variant and seed is a training run of its own (train.py), first every variant with seed 0, then with seed 1. Whatever
-stops it, the same command goes on with it; --finished measures what is there and trains nothing. Variants that share a
-seed share their first weights and see the same batches in the same order; what differs is log M (variants.py).
+Each variant and seed is a training run of its own (train.py), first every variant with seed 0, then with seed
+1. Whatever stops it, the same command goes on with it; --finished measures what is there and trains nothing.
+Variants that share a seed share their first weights and see the same batches in the same order; what differs
+is log M (variants.py).
 
-The published text is An Anarchist FAQ, 143 long English essays (11.7 MB), from Debian's package anarchism 15.3-3:
+The published text is An Anarchist FAQ, 143 long English essays (11.7 MB), from Debian's package anarchism
+15.3-3:
 
     apt-get download anarchism && dpkg -x anarchism_15.3-3_all.deb debian
     mkdir -p benchmarks/out && cp -r debian/usr/share/doc/anarchism/markdown benchmarks/out/anarchism
@@ -58,7 +60,7 @@ def variants_of(names: str) -> list[Variant]:
 
 
 def check_result(path: Path, size: Size, corpus: Corpus) -> None:
-    """Raises FileExistsError where path holds the result of another configuration, which would be overwritten."""
+    """Raises FileExistsError where path holds the result of another configuration."""
     if not path.exists():
         return
     try:

@@ -1,9 +1,10 @@
 """The figures of benchmarks.lm, from the record that it writes.
 
-    python -m benchmarks.lm.figures RECORD.json ...      # draws them again, next to each record; of several, their scaling too
+    python -m benchmarks.lm.figures RECORD.json ...      # next to each record; of several, their scaling too
 
-An overview for the README (what held and what did not), the first token's share by layer (Figure 1b of the paper),
-attention maps (Appendix F), and perplexity against size (Figure 4a-c). plot_style.py says how a variant looks in them.
+An overview for the README (what held and what did not), the first token's share by layer (Figure 1b of the
+paper), attention maps (Appendix F), and perplexity against size (Figure 4a-c). plot_style.py says how a
+variant looks in them.
 """
 
 import json
@@ -44,7 +45,7 @@ SHADES = "Blues"
 
 
 def of_run(record: dict[str, Any]) -> dict[str, Figure]:
-    """By the suffix of the file's name: the overview and, where the record has them, the shares by layer and the maps."""
+    """By the suffix of the file's name: the overview and, where measured, shares by layer and maps."""
     figures = {"": overview(record)}
     for key, suffix, make in (("first_token_share", "-share", shares_by_layer), ("maps", "-maps", maps)):
         if _with(record["variants"], key):
@@ -53,7 +54,7 @@ def of_run(record: dict[str, Any]) -> dict[str, Figure]:
 
 
 def overview(record: dict[str, Any]) -> Figure:
-    """Perplexity, loss along the training, and, where they were measured, first-token share and extrapolation: a panel each."""
+    """Perplexity, loss along the training and, where measured, first-token share and extrapolation."""
     variants, config = record["variants"], record["config"]
     watched, tried = _with(variants, "first_token_share"), _with(variants, "extrapolation")
     rows = 2 if watched or tried else 1
@@ -84,7 +85,7 @@ def overview(record: dict[str, Any]) -> Figure:
 
 
 def shares_by_layer(record: dict[str, Any]) -> Figure:
-    """A column for each layer (of many, a few evenly spread): what the first token gets, and what no token gets."""
+    """A column per layer (of many, a few): what the first token gets, and what no token gets."""
     variants, layers = _with(record["variants"], "first_token_share"), record["config"]["layers"]
     chosen = np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round().astype(int))
     figure = plot.figure(2.1 * len(chosen) + 1.9, 5.4)
@@ -105,7 +106,7 @@ def shares_by_layer(record: dict[str, Any]) -> Figure:
 
 
 def maps(record: dict[str, Any]) -> Figure:
-    """Chosen heads with and without StableMask, one above the other; the strip at the right of a map is 1 - its rows' sums."""
+    """Chosen heads with and without StableMask; the strip at the right of a map is 1 - its rows' sums."""
     variants = list(_with(record["variants"], "maps").values())
     count = min(MOST_HEADS, *(len(variant["maps"]) for variant in variants))
     columns = min(HEADS_A_ROW, count)
@@ -180,7 +181,7 @@ NONE: dict[str, Any] = {"seeds": [], "perplexity": {"values": []}}
 
 
 def _final(axes: Axes, variants: Variants) -> None:
-    """A row per variant: every seed a hollow mark, their range a line, their mean a filled mark; causal's range shaded."""
+    """A row per variant: a hollow mark per seed, a line for their range, a filled mark for their mean."""
     axes.yaxis.tick_right()
     labels = []
     for row, (name, variant) in enumerate(variants.items()):
@@ -254,7 +255,7 @@ def _extrapolation(axes: Axes, variants: Variants) -> list[Line2D]:
 
 
 def _map(axes: Axes, head: dict[str, Any], norm: PowerNorm) -> None:
-    """The lower triangle, grey where the future is, and beside it a strip with what each row gives to no token."""
+    """The lower triangle, grey where the future is, and a strip with what each row gives to no token."""
     n = head["tokens"]
     matrix = np.full((n, n), np.nan)
     for i, row in enumerate(head["rows"]):

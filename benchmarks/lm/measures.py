@@ -1,4 +1,4 @@
-"""What benchmarks.lm measures of a training run beside its loss: where attention goes, and what longer texts do to it."""
+"""What benchmarks.lm measures of a training run beside its loss: where attention goes, and longer texts."""
 
 from typing import Any
 
@@ -35,8 +35,10 @@ def share_positions(length: int) -> list[int]:
 
 
 def shares(run: TrainingRun, model: Decoder) -> tuple[list[list[float]] | None, list[list[float]] | None]:
-    """By layer and share_positions, mean over heads and texts: the attention that the text's first token gets (Figure 1b), and
-    what goes to no token of the text: to the mass, or to the artificial token."""
+    """Attention to the text's first token (Figure 1b), and to no token of it (the mass, or the artificial token).
+
+    By layer and share_positions, mean over heads and texts.
+    """
     texts = run.corpus.long_texts(run.size.length, TEXTS_FOR_SHARES)
     if not len(texts):
         return None, None
@@ -71,7 +73,7 @@ def attention_maps(run: TrainingRun, model: Decoder, rows_RL: torch.Tensor) -> l
 
 
 def maps(run: TrainingRun, model: Decoder) -> list[dict[str, Any]] | None:
-    """Every head of the second and of the last layer on the first tokens of a text, as rows of the lower triangle."""
+    """Every head of the second and the last layer on a text's first tokens, as rows of the lower triangle."""
     texts = run.corpus.long_texts(run.size.length, 1)
     if not len(texts):
         return None
@@ -89,7 +91,7 @@ def maps(run: TrainingRun, model: Decoder) -> list[dict[str, Any]] | None:
 
 
 def extrapolation(run: TrainingRun, model: Decoder) -> dict[str, Any] | None:
-    """Perplexity of texts longer than those of the training, where attention keeps the N most recent keys (Figure 4d).
+    """Perplexity of texts longer than the training's, with attention to the N most recent keys (Figure 4d).
 
     At x times N: of the tokens between half of x N and x N. None where no validation document is long enough.
     """

@@ -1,7 +1,8 @@
-"""How a variant of benchmarks.lm looks in every figure: one colour, dash and marker, and its name at the end of its line.
+"""How a variant looks in every figure of benchmarks.lm: colour, dash, marker, and a name beside its line.
 
-Okabe and Ito's colours, which colour-blind readers tell apart; dash, marker and name say the same in grey print. Whiskers
-reach from the lowest seed to the highest. A line's label is the variant's key, its gid the name that readers see.
+Okabe and Ito's colours, which colour-blind readers tell apart; dash, marker and name say the same in grey
+print. Whiskers reach from the lowest seed to the highest. A line's label is the variant's key, its gid the
+name that readers see.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def points(line: Line2D) -> np.ndarray:
 
 
 def dodge(x: Sequence[float], i: int, count: int) -> list[float]:
-    """x of the i-th of so many lines, shifted a little on a logarithmic axis, so that no whiskers hide others."""
+    """x of the i-th of count lines, shifted a little on a logarithmic axis: no whiskers hide others."""
     return [value * 1.02 ** (i - (count - 1) / 2) for value in x]
 
 
@@ -106,7 +107,10 @@ def _end(axes: Axes, line: Line2D) -> np.ndarray:
 
 
 def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising heights in [0, 1], moved as little as it takes to be gap apart: those that meet form a block around their mean."""
+    """Rising heights in [0, 1], moved as little as it takes to be gap apart.
+
+    Those that would meet form a block around their mean.
+    """
     blocks: list[tuple[float, int]] = []  # the mean of the heights, how many
     for height in heights:
         mean, count = height, 1

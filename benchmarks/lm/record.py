@@ -1,15 +1,16 @@
-"""The record of a run of benchmarks.lm: everything measured, for programs and for figures.py; and the tables for people.
+"""The record of benchmarks.lm: everything measured, for programs and for figures.py; and tables for people.
 
-record["variants"][name], in the order in which they were trained. A list per seed is in the order of its seeds.
+record["variants"][name], in the order in which they were trained. A list per seed is in the order of its
+seeds.
 
-    loss, perplexity        on the validation rows: nats per byte, and e^(nats per token); {mean, min, max, values: per seed}
-    difference              loss minus causal's of the same seed, in that form; absent for causal, or without it
-    curve                   {steps, loss: [per step] per seed}
-    first_token_share       {positions, by_layer: [per position] per layer}, mean over heads, texts, seeds; None without texts
-    pseudo_share            likewise: what no token of the text gets
-    extrapolation           {times, kept: {"0": {"perplexity": [per time] per seed}}}; None without texts
-    tokens_per_s            of the median step; peak_memory_mib: None where it is not known
-    maps                    causal and stablemask, seed 0: [{layer, head, tokens, rows}]; else absent
+    loss, perplexity    on the validation rows, nats per byte, e^(nats per token): {mean, min, max, values: per seed}
+    difference          loss minus causal's of the same seed, in that form; absent for causal, or without it
+    curve               {steps, loss: [per step] per seed}
+    first_token_share   {positions, by_layer: [per position] per layer}, mean over heads, texts, seeds; or None
+    pseudo_share        likewise: what no token of the text gets
+    extrapolation       {times, kept: {"0": {"perplexity": [per time] per seed}}}; None without long texts
+    tokens_per_s        of the median step; peak_memory_mib: None where it is not known
+    maps                causal and stablemask, seed 0: [{layer, head, tokens, rows}]; else absent
 """
 
 import math

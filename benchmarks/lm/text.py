@@ -1,13 +1,14 @@
-"""Text for the benchmarks that train: files become documents, documents become rows, rows become packed batches.
+"""Text to train on: files become documents, documents become rows, rows become packed batches.
 
-Each document is a separator and then its bytes (or the tokens of tokens.py); documents are laid one after another, and
-the line is cut into rows of N tokens, N being the training length that StableMask asks for:
+Each document is a separator and then its bytes (or the tokens of tokens.py); documents are laid one after
+another, and the line is cut into rows of N tokens, N being the training length that StableMask asks for:
 
     row 0       <sep> i m p o r t     the first N = 7 tokens of a document
     row 1       _ o s <sep> d e f     its last three bytes, and the next document
     positions   0 1 2 0     1 2 3     of row 1: they restart with each document and with each row
 
-A batch is a few rows, flattened. A document longer than a row continues in the next one as a piece by itself.
+A batch is a few rows, flattened. A document longer than a row continues in the next one as a document of its
+own.
 
 Shapes in names: R rows, L = N + 1 tokens of a row with the target of its last; T packed tokens of a batch.
 """
@@ -43,9 +44,9 @@ class Text(NamedTuple):
 def read_text(path: Path | None) -> Text:
     """The files under path (Python's standard library if None), each distinct one once, split by file.
 
-    Files are put in the order of their SHA-256, which is as good as random and the same on every machine, and the first
-    tenth is for validation. A single file is split at nine tenths of its length. What is not UTF-8 is skipped, and so is
-    what is hidden (.git).
+    Files are in the order of their SHA-256, which is as good as random and the same on every machine; the
+    first tenth is for validation. A single file is split at nine tenths of its length. Files that are hidden
+    (.git) or not UTF-8 are skipped.
     """
     root = Path(sysconfig.get_path("stdlib")) if path is None else path
     if not root.exists():
@@ -72,7 +73,7 @@ def read_text(path: Path | None) -> Text:
 
 
 def cut_rows(documents: list[bytes], length: int) -> Tensor:
-    """(R, N + 1) int16: rows of N bytes of the documents laid one after another, each with the byte that follows it."""
+    """(R, N + 1) int16: rows of N bytes of the documents in line, each with the byte that follows it."""
     # A separator has no byte of its own: hold a place for it, and name it once bytes have become integers.
     line = b"".join(b"\0" + document for document in documents)
     lengths = torch.tensor([1 + len(document) for document in documents])
@@ -100,9 +101,9 @@ class Packed(NamedTuple):
 
 
 def pack(rows_RL: Tensor, device: torch.device, separator: int = SEPARATOR, lead: int | None = None) -> Packed:
-    """Rows flattened into one batch. A document starts at each separator and, as a piece by itself, at each row.
+    """Rows flattened into one batch. A document starts at each separator and at each row.
 
-    lead: a token that is put before each row, in the same piece as what the row begins with; it predicts nothing.
+    lead: a token that is put before each row, in the document that the row begins with; it predicts nothing.
     """
     rows_RL = rows_RL.to(device, torch.int64)
     starts_RT = rows_RL[:, :-1] == separator

@@ -1,4 +1,4 @@
-"""Documents as tokens of a byte-level BPE, which is trained on the training text once and kept, as are the tokens.
+"""Documents as tokens of a byte-level BPE, trained once on the training text; both are kept on disk.
 
 Also the text of Hugging Face datasets (wikitext-103, minipile) as documents.
 """
@@ -32,7 +32,7 @@ DATASETS: dict[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens below vocab, and two that are no text: the separator before each document, and the artificial token."""
+    """Tokens below vocab, and two that are no text: the separator of documents, and the artificial token."""
 
     name: str
     vocab: int
@@ -52,7 +52,7 @@ class Corpus:
         return self.vocab + 1
 
     def long_texts(self, tokens: int, most: int) -> Tensor:
-        """(n, tokens + 1), n <= most: parts of single validation documents, without separators, evenly chosen."""
+        """(n, tokens + 1), n <= most: parts of single validation documents, evenly chosen."""
         starts = (self.validation == self.separator).nonzero().flatten()
         documents = self.validation.tensor_split(starts)[1:]
         return evenly(torch.cat([rows_of(document[1:], tokens) for document in documents]), most)
@@ -109,7 +109,7 @@ def replace_whole(path: Path, write) -> None:
 
 
 def read_dataset(name: str) -> Text:
-    """A dataset of the Hugging Face hub, or a folder of parquet or text files that load_dataset takes, as documents."""
+    """A dataset of the Hugging Face hub as documents."""
     try:
         from datasets import load_dataset
     except ImportError:

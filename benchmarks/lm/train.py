@@ -1,8 +1,8 @@
-"""A training run: a variant trained from one seed, in a folder of its own, with a checkpoint that it resumes from.
+"""A training run: a variant trained from one seed, in a folder of its own, resumed from its checkpoint.
 
-Weights and batches follow from the seed; the checkpoint holds the rest: weights, optimizer, losses so far. A run that is
-killed at any step goes on from its last checkpoint with the losses that it would have had (on a CPU, with the same number
-of threads, to the bit).
+Weights and batches follow from the seed; the checkpoint holds the rest: weights, optimizer, losses so far. A
+run that is killed at any step goes on from its last checkpoint with the losses that it would have had (on a
+CPU, with the same number of threads, to the bit).
 """
 
 import itertools
@@ -80,7 +80,7 @@ class TrainingRun:
         return Decoder(self.size, self.variant, self.position).to(self.device)
 
     def load(self) -> dict[str, Any] | None:
-        """The checkpoint, if there is one, and what it says of the training so far; ValueError if it is another run's."""
+        """Takes over the checkpoint, if there is one, and returns it; ValueError if it is another run's."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
@@ -156,7 +156,7 @@ def train_all(runs: Sequence[TrainingRun]) -> None:
 
 
 def train(run: TrainingRun, watch: Callable[[TrainingRun], None] = lambda run: None) -> None:
-    """Trains what is left to train, leaves a checkpoint at each validation, and calls watch after every step."""
+    """Trains what is left to train, with a checkpoint at each validation; watch is called after each step."""
     size = run.size
     training_RL, held_out_RL = rows_for(run.corpus, size)
     saved = run.load()
@@ -223,7 +223,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """Most memory since reset_peak: the GPU's as PyTorch counts it, on Linux the whole process's; else not known."""
+    """Most memory since reset_peak: the GPU's by PyTorch's count, on Linux the process's; else not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

@@ -1,7 +1,7 @@
 """What benchmarks.lm compares: plain causal attention, StableMask, the paper's Table 3, and gpt-oss's sinks.
 
-All are one call of sm_flex with another log M, but for the learned artificial token: that is plain causal attention over
-rows that have one more token at their start (text.pack puts it there).
+All are one call of sm_flex with another log M, but for the learned artificial token: that is plain causal
+attention over rows that have one more token at their start (text.pack puts it there).
 """
 
 import math
@@ -63,7 +63,7 @@ def named(name: str) -> Variant:
 
 
 class Mass(nn.Module):
-    """The variant's StableMask for tokens at given positions. Each layer has its own, and so its own learned sinks."""
+    """The variant's StableMask at given positions. Each layer has one, with its own learned sinks."""
 
     gamma: Tensor
     sink: Tensor | None
@@ -88,7 +88,7 @@ class Mass(nn.Module):
         return stablemask(self.gamma, length=self.length, positions=positions, score_mod=score_mod, sink=sink)
 
     def share_at_scores_0(self, positions: Tensor) -> Tensor:
-        """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real while a model has learned nothing."""
+        """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real if all scores are 0."""
         seen = (positions + 1).log()
         log_m = self(positions).mass(positions.device, positions.shape[-1], positions.shape[-1]).table(torch.float32)
         return torch.sigmoid((seen.unsqueeze(1) if positions.dim() == 2 else seen) - log_m)

@@ -2,16 +2,16 @@
 
     python -m benchmarks.lm.why --text my_folder
 
-Each row of the result is a variant of benchmarks.lm with the tiny preset, whose validation loss is held against causal
-attention trained the same way from the same seeds. The questions:
+Each row of the result is a variant of benchmarks.lm with the tiny preset, whose validation loss is held
+against causal attention trained the same way from the same seeds. The questions:
 
 - training length: the difference along the training.
-- share at the start: with all scores 0 the rows are scaled down by (p+1) / (p+1+M(p)). Does the difference follow that
-  share, over gamma? Does it go where the rows are scaled back up ("rescaled"), or where the mass comes in gradually ("faded")?
-- initialisation: output projections that start at 0, so that attention adds nothing at first whatever its scale.
+- share at the start: with all scores 0 the rows are scaled down by (p+1) / (p+1+M(p)). Does the difference
+  follow that share over gamma? Does it go where rows are scaled back up ("rescaled"), or the mass fades in ("faded")?
+- initialisation: output projections that start at 0, so that attention adds nothing at first.
 - the learning rate: a third of it; ten times its warm-up.
-- positions: learned absolute ones, which tell a model already what the mass would; and bytes instead of tokens. Both are
-  what nanoGPT's own script has (nanogpt_curves.py).
+- positions: learned absolute ones, which tell a model what the mass would; and bytes instead of tokens. nanoGPT's
+  own script has both (nanogpt_curves.py).
 """
 
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ def mean_share_at_start(run: TrainingRun) -> float:
 
 
 def results_of(runs: list[tuple[str, TrainingRun]]) -> list[dict[str, Any]]:
-    """Per setting and variant: losses of the finished runs, and their differences from causal with the same seed."""
+    """Per setting and variant: losses of the finished runs, and their differences from causal's, by seed."""
     settings = [setting.name for setting in SETTINGS]
     done = {(setting, run.variant.name, run.seed): run for setting, run in runs if run.done}
     found = dict.fromkeys((setting, run.variant.name) for setting, run in runs)

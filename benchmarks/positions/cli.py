@@ -1,17 +1,18 @@
-"""Where am I? A small decoder learns the paper's absolute-position tasks (Appendix B.2), with and without StableMask.
+"""Where am I? A small decoder learns the paper's absolute-position tasks (Appendix B.2).
 
-    python -m benchmarks.positions                                    # RoPE against RoPE with StableMask, two minutes
+    python -m benchmarks.positions                       # RoPE against RoPE with StableMask, two minutes
     python -m benchmarks.positions --rows rope t5 rope+urpe --tasks 1 --seq-len 128 --seeds 3
 
-Task 1: all tokens are equal, output the position. Task 2: one marked token at a random place, output its position there and
-"nothing" elsewhere. Task 3: all tokens are equal, output odd or even.
+Task 1: all tokens are equal, output the position. Task 2: one marked token at a random place, output its
+position there and "nothing" elsewhere. Task 3: all tokens are equal, output odd or even.
 
-Accuracy counts every position for tasks 1 and 3, and the marked one alone for task 2, on sequences drawn anew.
-Chance is the accuracy of the best constant answer. Tasks 1 and 3 have a single sequence, so a step takes one. Task 2 has as
-many sequences as positions: fresh draws test whether the answer was learned, not whether it generalises.
+Accuracy counts every position for tasks 1 and 3, and the marked one alone for task 2, on sequences drawn
+anew. Chance is the accuracy of the best constant answer. Tasks 1 and 3 have a single sequence, so a step
+takes one. Task 2 has as many sequences as positions: fresh draws test whether the answer was learned, not
+whether it generalises.
 
-Every row is trained by the same recipe; seeds draw the weights and the markers. Runs on the CPU in one thread: tensors
-this small gain nothing from a second.
+Every row is trained by the same recipe; seeds draw the weights and the markers. Runs on the CPU in one
+thread: tensors this small gain nothing from a second.
 """
 
 import statistics
@@ -65,7 +66,7 @@ def chance(task: int, length: int) -> float:
 def train(
     row: Row, task: int, length: int, *, steps: int, seed: int, dtype: torch.dtype, bar: tqdm, size: Size | None = None
 ) -> tuple[Decoder, list[float]]:
-    """A trained decoder and its accuracy at each of the length positions (for task 2: where the marker stood there)."""
+    """A trained decoder and its accuracy at each position (for task 2: where the marker stood there)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(row, size or Size(), length, num_classes(task, length))
@@ -91,7 +92,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: int, length: int, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
-    """Of each position, over fresh sequences: for task 2 enough of them that every position has been marked."""
+    """Of each position, over fresh sequences: for task 2 so many that every position has been marked."""
     batch = examples(task, length, max(EVALUATED, 16 * length), generator)
     right, count = torch.zeros(length), torch.zeros(length)
     for part in zip(*(x.split(EVALUATED) for x in batch), strict=True):

@@ -2,13 +2,15 @@
 
     python -m benchmarks.positions.limits                 # three seeds, forty minutes on one core
 
-Where every token is the same, the share s = sigmoid(l - log M) is all that an attention layer learns of its row, and it ends
-where 1 - s falls below what rounding keeps, eps/4 of the dtype: with all scores 0 and gamma = 0.5, at row 29 in float32 and
-row 9 in bf16. A model moves that row, since its scores lower l; so beside the accuracy of task 1 stands the row from which on
-the first layer, as trained, has saturated on every head. A model of one layer has nothing else to go by. A second layer has:
-it sees which of the early rows is which, and its relative encoding counts from there.
+Where every token is the same, the share s = sigmoid(l - log M) is all that an attention layer learns of its
+row. It ends where 1 - s falls below what rounding keeps, eps/4 of the dtype: with all scores 0 and gamma =
+0.5, at row 29 in float32 and row 9 in bf16. A trained model moves that row, since its scores lower l: so the
+result names the row from which on its first layer has saturated on every head. A model of one layer has
+nothing else to go by. A second layer sees which of the early rows is which, and its relative encoding counts
+from there.
 
-Two layers also do tasks 3 and 2, with learned position embeddings as a control: where those fail too, the recipe stops.
+Two layers also do tasks 3 and 2, with learned position embeddings as a control: where those fail too, the
+recipe stops.
 """
 
 import statistics
@@ -51,7 +53,7 @@ def trials(lengths: tuple[int, ...]) -> list[Trial]:
 
 @torch.no_grad()
 def saturated_row(model: Decoder, length: int, dtype: torch.dtype) -> int:
-    """The row from which on every head of the first layer has 1 - s = exp(log M - l') < eps/4, all tokens being equal."""
+    """The first row with 1 - s = exp(log M - l') < eps/4 on all heads of the first layer, for equal tokens."""
     block, tokens = model.blocks[0], examples(1, length, 1, torch.Generator()).tokens
     assert isinstance(block, Block)
     q, k, v = block.attention.heads_of(block.norm_1(model.embed(tokens)))

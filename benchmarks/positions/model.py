@@ -1,6 +1,7 @@
 """The small decoder of the absolute-position tasks, and the position encodings that it is tried with.
 
-A row of the paper's Table 4 is an encoding and a gamma: what tells the model where it is. All else is the same.
+A row of the paper's Table 4 is an encoding and a gamma: what tells the model where it is. All else is the
+same.
 
 Dimension letters: B sequences, H heads, S positions, D head dim, W width, C classes.
 """
@@ -27,7 +28,7 @@ class Size:
 
 
 class Row(NamedTuple):
-    """encoding: learned, sinusoidal, alibi, t5, rope or urpe; gamma: math.inf (plain causal), a number, or headwise."""
+    """encoding: learned, sinusoidal, alibi, t5, rope or urpe; gamma: inf (causal), a number, or headwise."""
 
     encoding: str
     gamma: float | str = math.inf
@@ -140,7 +141,7 @@ def sinusoidal(length: int, width: int) -> Tensor:
 
 
 def t5_bucket(distance: Tensor) -> Tensor:
-    """The bucket of a distance >= 0 (Raffel et al. 2020): one per token up to half of them, logarithmic up to 128, then one."""
+    """The bucket of a distance >= 0 (Raffel et al. 2020): half are a token wide, the rest logarithmic to 128."""
     exact = T5_BUCKETS // 2
     ratio = (distance.clamp(min=1) / exact).log() / math.log(T5_MAX_DISTANCE / exact)
     far = exact + (ratio * (T5_BUCKETS - exact)).long()
@@ -148,7 +149,7 @@ def t5_bucket(distance: Tensor) -> Tensor:
 
 
 def urpe(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, toeplitz_HS: Tensor) -> Tensor:
-    """(softmax(A) o T) V, T[i, j] = t[i - j] (eq. 6; Luo et al. 2022), causal, t learned and 1 at the start."""
+    """(softmax(A) o T) V, T[i, j] = t[i - j] (eq. 6; Luo et al. 2022), causal; t is learned, 1 at first."""
     length, dim = q_BHSD.shape[-2:]
     distance_SS = torch.arange(length)[:, None] - torch.arange(length)
     scores_BHSS = (q_BHSD @ k_BHSD.mT / math.sqrt(dim)).masked_fill(distance_SS < 0, -math.inf)

@@ -1,7 +1,8 @@
 """Is what benchmarks.speed times StableMask? Slices of each variant's output and gradients against eq. 11.
 
-The first and the last rows of the first and the last key head, where eq. 11 needs few queries: the first ROWS rows see only one
-another, and of the last ROWS keys only the last ROWS queries know, so their dk and dv are whole as well.
+The first and the last rows of the first and the last key head, where eq. 11 needs few queries: the first ROWS
+rows see only one another, and of the last ROWS keys only the last ROWS queries know, so their dk and dv are
+whole as well.
 """
 
 import torch
@@ -18,7 +19,7 @@ TOLERANCE = {"bf16": 0.04, "fp32": 1e-3}
 
 
 def error_of(variant: Variant, at: Setup, inputs: Inputs) -> float:
-    """The largest difference from eq. 11 in float64, in out, dq, dk and dv, each relative to the largest value of its slice.
+    """The largest difference from eq. 11 in float64 in out, dq, dk, dv, over the largest value of its slice.
 
     Raises ValueError beyond TOLERANCE: a wrong kernel's time is worth nothing.
     """

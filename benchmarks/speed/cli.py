@@ -2,12 +2,12 @@
 
     python -m benchmarks.speed                  # on a GPU if there is one; --minutes 9
 
-Forward, backward and both, bf16 (on a CPU fp32 too): plain causal, window, packed documents and ALiBi; head dims, head
-counts and lengths at a constant number of tokens; every engine at hand, torchtitan's way and the paper's formula. The
-figure to look at is the ratio of StableMask to the plain call of the same engine. Each variant is held against eq. 11 first.
-Results are written after every case, so that a run that is cut off leaves what it has. A variant that fails is a row with
-its error. When the time runs out, repetitions are cut first, then the last of the cases (cases.py lists them by
-importance); the result names both.
+Forward, backward and both, bf16 (on a CPU fp32 too): plain causal, window, packed documents and ALiBi; head
+dims, head counts and lengths at a constant number of tokens; every engine at hand, torchtitan's way and the
+paper's formula. The figure to look at is the ratio of StableMask to the plain call of the same engine. Each
+variant is held against eq. 11 first. Results are written after every case, so that a run that is cut off
+leaves what it has. A variant that fails is a row with its error. When the time runs out, repetitions are cut
+first, then the last of the cases (cases.py lists them by importance); the result names both.
 """
 
 import gc
@@ -37,7 +37,7 @@ FIRST_GUESS = {"cuda": 15.0, "cpu": 2.0}
 
 
 class Budget:
-    """Seconds of repetitions for the next case, so that all that are left fit; None where this one does not."""
+    """Seconds of repetitions per case, so that all that are left fit; None where the next one does not."""
 
     def __init__(self, minutes: float, device: torch.device) -> None:
         self.end = time.perf_counter() + 60 * minutes
@@ -124,7 +124,7 @@ def attention_rows(case: Case, device: torch.device, seconds: float) -> list[Row
 
 
 def partners(name: str, made: dict[str, Variant], among: dict[str, Any]) -> dict[str, str]:
-    """What a variant is held against, of those that were measured: the kind of comparison and the other's name."""
+    """What a variant is compared with, of those that were measured: {kind of comparison: name}."""
     variant = made[name]
     plain = {made[n].engine: n for n in among if made[n].role == PLAIN}
     found = {}

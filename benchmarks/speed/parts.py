@@ -1,4 +1,4 @@
-"""What benchmarks.speed measures beside whole attention calls: the epilogue alone, a decode step, the first compiled call."""
+"""Parts that benchmarks.speed measures: the epilogue alone, a decode step, the first compiled call."""
 
 import json
 import os
@@ -24,10 +24,11 @@ QUARTER_EPS = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-25}
 
 
 def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: float) -> list[Row]:
-    """The remask in place on an engine's buffers, at gamma 0 and head-wise: bytes that it must move over its time.
+    """The remask in place on an engine's buffers, gamma 0 and head-wise: bytes that it must move, per time.
 
-    Every row's lse is read and lse' written, 4 bytes each; out is read and written in the tiles of rows (on a GPU; elsewhere
-    everywhere) where some share changes it. lse is that of scores with deviation 1: log(p + 1) + 1/2.
+    Every row's lse is read and lse' written, 4 bytes each. On a GPU out is read and written in the tiles of
+    rows where some share changes it, elsewhere everywhere. lse is that of scores with deviation 1: log(p + 1)
+    + 1/2.
     """
     dtype = DTYPES[case.dtype]
     shape = (case.batch, case.length, case.heads, case.head_dim)
@@ -75,7 +76,7 @@ def _touched(lse: Tensor, gamma: Tensor, case: Case, dtype: torch.dtype, device:
 
 @torch.no_grad()
 def decode_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
-    """One query against a cache of case.length keys: eager as a host sees it, and on a GPU replayed from a CUDA graph."""
+    """One query against a cache of case.length keys: eager, and on a GPU also replayed from a CUDA graph."""
     dtype, length = DTYPES[case.dtype], case.length
     q = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(case.batch, case.kv_heads, length, case.head_dim, device=device, dtype=dtype) for _ in range(2))
@@ -145,7 +146,7 @@ print(json.dumps(time.perf_counter() - start))
 
 
 def first_call_rows(case: Case, device: torch.device) -> list[Row]:
-    """Seconds of the first compiled forward and backward pass in a new process without the compiler's caches."""
+    """Seconds of the first compiled forward and backward pass, in a new process without caches."""
     rows: list[Row] = []
     path = os.pathsep.join([str(report.ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path}

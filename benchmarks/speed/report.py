@@ -1,4 +1,4 @@
-"""The result files of benchmarks.speed: targets, tables and notes for people, the record for programs, ratio against S."""
+"""The result files of benchmarks.speed: tables, targets and notes for people, a record for programs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What benchmarks.speed has to show, as data, and what a record says to it: met, missed or not measured, with the figure."""
+"""What benchmarks.speed has to show, as data, and whether a record meets it, with the figure."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ MET, MISSED, PARTLY, NOT = "met", "**missed**", "met where measured", "not measu
 
 
 class Target(NamedTuple):
-    """limit holds for row[path[0]][path[1]]... of every row whose fields are among where's; where's lengths are all wanted."""
+    """limit holds for row[path[0]][path[1]]... of every row that where fits; each of its lengths is wanted."""
 
     device: str
     text: str

@@ -1,9 +1,9 @@
 """How benchmarks.speed measures: fair clocks for several variants at once, and the memory that they need.
 
-Variants take turns within a round, in reversed order every other round: a machine that slows down slows all of them. A
-ratio is the median over rounds of two times of the same round. Inputs rotate over sets that together exceed twice the L2
-cache. On a GPU a time is that between two CUDA events, behind a pause that lets the host run ahead: it is the device's own,
-and the host's is reported beside it.
+Variants take turns within a round, in reversed order every other round: a machine that slows down slows all
+of them. A ratio is the median over rounds of two times of the same round. Inputs rotate over sets that
+together exceed twice the L2 cache. On a GPU a time is that between two CUDA events, behind a pause that lets
+the host run ahead: it is the device's own, and the host's is reported beside it.
 """
 
 import statistics
@@ -67,7 +67,7 @@ def train(call: Call, inputs: Inputs, device: torch.device) -> Clock:
 
 
 def interleaved(names: Iterable[str], seconds: float, least: int, most: int) -> Iterator[tuple[int, list[str]]]:
-    """Rounds, at least and at most so many, until seconds are over: their numbers, and the variants in their order."""
+    """(number, variants in order) of each round: at least and at most so many, until seconds are over."""
     start, names = time.perf_counter(), list(names)
     for count in range(most):
         if count >= least and time.perf_counter() - start >= seconds:
@@ -78,7 +78,7 @@ def interleaved(names: Iterable[str], seconds: float, least: int, most: int) -> 
 def rounds(
     calls: dict[str, Call], sets: Sequence[Inputs], device: torch.device, seconds: float
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """({variant: {mode: ms of each round}}, {variant: why it failed}); a variant that fails once is out. Calls are warm."""
+    """({variant: {mode: ms per round}}, {variant: why it failed}); calls are warm; a failure ends a variant."""
     errors: dict[str, str] = {}
     found: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in (*MODES, "host")} for name in calls}
     for count, names in interleaved(calls, seconds, LEAST_ROUNDS, MOST_ROUNDS):
@@ -99,7 +99,7 @@ def rounds(
 def turns(
     calls: dict[str, Callable[[int], Any]], device: torch.device, seconds: float, wall: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of calls without gradients, in turn; each gets the number of the round, to choose its inputs by.
+    """Milliseconds of calls without gradients; each gets the number of the round, to choose its inputs by.
 
     wall: from before the call until the device is done, as a host that waits for it sees it.
     """
@@ -153,7 +153,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
-    """Bytes held at most in a forward and a backward pass, inputs among them; on a CPU as PyTorch's allocator reports them."""
+    """Bytes held at most in a forward and a backward pass, inputs included, by PyTorch's allocator."""
     q, k, v, grad = inputs
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""The variants of a case of benchmarks.speed: each a call (q, k, v) -> out of one engine, and what it is held against.
+"""The variants of a case of benchmarks.speed: each a call (q, k, v) -> out of one engine.
 
 q (B, H, S, D), k and v (B, Hkv, S, D), out (B, H, S, D); packed documents are (1, H, T, D).
 """
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What the variants of a case share: positions and visibility of the T rows, and the masks made of them."""
+    """What the variants of a case share: positions and visibility of the rows, and the masks made of them."""
 
     case: Case
     device: torch.device
@@ -236,7 +236,7 @@ def _block_mask(case: Case, lengths: list[int], device: torch.device) -> BlockMa
 
 
 def _attn_mask(case: Case, device: torch.device) -> Tensor | None:
-    """On a CPU a window and ALiBi reach SDPA as a mask, (S, S) bool or (1, H, S, S) in the dtype of the call."""
+    """A window or ALiBi as SDPA takes them on a CPU: (S, S) bool or (1, H, S, S) in the dtype of the call."""
     i = torch.arange(case.length, device=device).unsqueeze(1)
     j = torch.arange(case.length, device=device)
     if case.kind == "window":

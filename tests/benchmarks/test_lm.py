@@ -1,4 +1,4 @@
-"""benchmarks.lm on a few short files: what it writes, that it learns, that it resumes, and what it refuses."""
+"""benchmarks.lm on a few short files: what it writes, that it learns and resumes, and what it refuses."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_a_run_of_every_variant_writes_its_results(folder: Path, capsys: pytest.
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("name", EVERY)
 def test_killed_at_any_step_it_goes_on_with_the_same_losses(name: str, position: str, folder: Path) -> None:
-    """Before the first checkpoint, just after one, just before one: weights, optimizer and batches are where they were."""
+    """Before the first checkpoint, just after one, just before one: nothing is lost or repeated."""
     corpus, home = corpus_of(folder), folder.parent
     whole = run_of(corpus, name, home / "whole", position=position)
     train.train(whole)

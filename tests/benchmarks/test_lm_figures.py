@@ -41,7 +41,7 @@ def test_final_perplexity_of_every_seed():
 
 
 def test_training_is_less_causal_of_the_same_seed():
-    """A variant that began later shares two of causal's three seeds: those are compared, not the means of all."""
+    """A variant that began later shares two of causal's three seeds: only those are compared."""
     drawn = record(["causal", "stablemask", "pseudo-0"])
     late = drawn["variants"]["stablemask"]
     late["seeds"] = [1, 2, 3]

@@ -61,7 +61,7 @@ def test_the_same_text_gives_the_same_scores_wherever_it_lies(name: str) -> None
 
 
 def by_hand(layer: Attention, x: Tensor, position: str, window: int, kept: int) -> Tensor:
-    """Query by query, against a cache of the first kept and the most recent tokens, positions counted in the cache."""
+    """Query by query, against a cache of kept and recent tokens, positions counted in the cache."""
     q, k, v = layer.qkv(x).unflatten(1, (3, HEADS, -1)).unbind(1)
     rows = []
     for i in range(len(x)):

@@ -130,9 +130,9 @@ def test_a_dataset_in_the_format_of_the_hub(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.setitem(DATASETS, name, (str(home), None))
     text = read_dataset(name)
-    if name == "minipile":  # a document a row
+    if name == "minipile":  # a document per row
         assert text.training == [line.encode() for line in lines["train"] if line]
-    else:  # a line a row, an article from title to title
+    else:  # a line per row, an article from title to title
         one = " = One = \n\n First line . \n = = Section = = \n Second . \n"
         assert text.training == [one.encode(), b" = Two = \n Third . \n"]
         assert text.validation == [b" = Three = \n Fourth . \n"]

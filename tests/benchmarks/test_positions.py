@@ -1,4 +1,4 @@
-"""benchmarks.positions: honest counting, what a run writes, who solves the tasks and who cannot, and what it refuses."""
+"""benchmarks.positions: honest counting, what a run writes, who solves the tasks, and what it refuses."""
 
 import json
 import math

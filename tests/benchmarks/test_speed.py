@@ -1,4 +1,4 @@
-"""benchmarks.speed at a tiny size: what it measures, writes and refuses, and how it judges its targets. No GPU is needed."""
+"""benchmarks.speed at a tiny size: what it measures, writes and refuses, and how it judges its targets."""
 
 import json
 from pathlib import Path
@@ -170,7 +170,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
 
 
 def test_every_target_names_cases_that_are_planned() -> None:
-    """No target can stay unmeasured because its filter fits nothing: each has a planned case of its group and every length."""
+    """No target stays unmeasured because its filter fits nothing: a planned case fits, at every length."""
     for device, wanted, plan in (
         ("cuda", targets.GPU, cases.gpu_plan()),
         ("cpu", targets.CPU, cases.cpu_plan()),
