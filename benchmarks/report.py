@@ -7,6 +7,7 @@ edits them.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -185,6 +186,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+@functools.cache  # the code that runs is the one that was loaded
 def commit(folder: Path = ROOT) -> str:
     """The short hash of HEAD in a checkout, with -dirty where anything but result files differs from it."""
     head = _output("git", "-C", str(folder.absolute()), "rev-parse", "--short", "HEAD")

@@ -79,6 +79,7 @@ def documents_of(line: Tensor, corpus: Corpus) -> list[list[int]]:
 
 
 def test_tokens_are_the_documents_and_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CACHE", folder.parent / "cache")
     text, corpus = read_text(folder), corpus_of(folder)
     (kept,) = tokens.CACHE.glob("*.json")
     from tokenizers import Tokenizer
