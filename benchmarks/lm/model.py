@@ -1,7 +1,7 @@
-"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi (or learned absolute positions, for why.py), and attention
-over packed documents by sm_flex.
+"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi, attention over packed documents by sm_flex.
 
-What makes it a StableMask model (or a rival) is score_mod=mask in Attention.forward.
+What makes it a StableMask model (or a baseline) is score_mod=mask in Attention.forward. why.py also gives it
+learned absolute positions.
 
 Shapes in names: T packed tokens of a batch of R rows, S = T / R, W width, H heads, D head dim, V vocabulary.
 """
@@ -22,8 +22,9 @@ from sm_flex import headwise_gamma, scaled_dot_product_attention, varlen_attn
 class Plan:
     """What the attention of every layer needs to know of a batch.
 
-    window: keys that a query sees, its own among them, or None for all of its document; and beside them the document's first
-    kept tokens. These stand, as in StreamingLLM, at the beginning of the window, not at their distance in the text.
+    window: keys that a query sees, its own among them; None for all of its document. kept: first tokens of
+    the document that a query sees beside the window. As in StreamingLLM, their positions are at the beginning
+    of the window, not at their distance in the text.
     """
 
     batch: Packed
@@ -48,7 +49,7 @@ class Plan:
         return rotate(x_THD, self.rope) if self.position == "rope" else x_THD
 
     def _mask(self) -> Tensor:
-        """Who sees whom, (R, 1, S, S) bool; for ALiBi with the bias, (R, H, S, S) float, which Attention gives its slopes."""
+        """Who sees whom, (R, 1, S, S): bool, or for ALiBi minus the distance, for Attention to multiply."""
         positions_RS, batch = self.positions, self.batch
         starts_T = torch.zeros_like(batch.positions_T).index_fill(0, batch.cu_seqlens[:-1].long(), 1)
         document_RS = starts_T.cumsum(0).unflatten(0, (batch.rows, -1))
@@ -143,7 +144,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens, the separator and the artificial token in; scores of the next token, which is one of the text's, out."""
+    """Tokens, the separator and the artificial token in; scores of the text's next token out."""
 
     def __init__(self, size: Size, variant: Variant, position: str = "rope") -> None:
         super().__init__()
