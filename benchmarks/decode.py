@@ -8,12 +8,7 @@ each token, which a mass that follows the length of the call would need. On a GP
 with a static cache; compiling is not timed. The figure to look at is the ratio of StableMask to causal.
 """
 
-<<<<<<< HEAD
 import inspect
-import json
-import shlex
-=======
->>>>>>> bench
 import statistics
 from collections.abc import Callable
 from typing import Any

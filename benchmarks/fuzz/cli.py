@@ -53,22 +53,10 @@ def table(done: list[Search]) -> str:
     rows = []
     for path in dict.fromkeys(x.path for x in done):
         results = [x.result for x in done if x.path == path]
-<<<<<<< HEAD
-        not_run = sorted({x.law for x in results if x.status == "not run"})
-        rows.append(
-            (path, sum(x.problems for x in results), sum(x.refused for x in results), _wrong(results), ", ".join(not_run))
-        )
-    return report.markdown_table(("way in, engine", "requests", "refused", "laws broken", "laws not run"), rows)
-
-
-def _wrong(results: list[Result]) -> int:
-    return sum(result.status == "failed" for result in results)
-=======
         not_run = ", ".join(sorted({x.law for x in results if x.status == "not run"}))
         broken = sum(x.status == "failed" for x in results)
-        rows.append((path, sum(x.requests for x in results), sum(x.refused for x in results), broken, not_run))
+        rows.append((path, sum(x.problems for x in results), sum(x.refused for x in results), broken, not_run))
     return report.markdown_table(("entry point, engine", "requests", "refused", "laws broken", "laws not run"), rows)
->>>>>>> bench
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,12 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     done = run(args.max_examples, args.seed, args.device)
     seconds = time.perf_counter() - start
-<<<<<<< HEAD
-    results = [x.result for x in done]
-    requests, wrong = sum(x.problems for x in results), _wrong(results)
-=======
     failed = [x for x in done if x.result.status == "failed"]
->>>>>>> bench
     laws: list[dict[str, Any]] = [
         {"path": x.path, "dtype": str(x.dtype), "law": x.result.law, "status": x.result.status, "requests": x.result.problems,
          "refused": x.result.refused, "why": x.result.why, "code": x.result.code}

@@ -43,7 +43,14 @@ def flex_on(backend: str) -> Attention:
 
 
 def flex_score_mod(
-    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, scale: float | None, sink: Tensor | None = None, **problem: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None,
+    scale: float | None,
+    sink: Tensor | None = None,
+    **problem: Any,
 ) -> tuple[Tensor, Tensor]:
     """An inner score_mod that scales the scores and hides what is not visible."""
     factor = 1.0 if scale is None else scale * q.shape[-1] ** 0.5
