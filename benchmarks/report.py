@@ -84,7 +84,12 @@ class Result:
         name = _gpu_name(device) or f"{device.type}{num_cores()}"
         machine = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         self.name = parser.name
-        self.stem = out_folder(folder) / f"{what}_{machine}_{_now():%Y%m}"
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"--out: {folder} is not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"--out: {folder} is not writable")
+        self.stem = folder / f"{what}_{machine}_{_now():%Y%m}"
         self.source = environment(shlex.join(["python", "-m", f"benchmarks.{parser.name}", *parser.argv]), device) | source
 
     def path(self, suffix: str) -> Path:
@@ -117,16 +122,6 @@ class Result:
         names = [f"{suffix}.png" for suffix in figures or {}] + [".md", ".json"]
         print(tables, f"wrote {', '.join(str(self.path(name)) for name in names)}", sep="\n")
         print(json.dumps({"benchmark": self.name, **(record if summary is None else summary)}))
-
-
-def out_folder(path: Path) -> Path:
-    """path as a folder that can be written to, made if need be; OSError if it cannot be."""
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"--out: {path} is not a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"--out: {path} is not writable")
-    return path
 
 
 def environment(command: str, device: torch.device) -> dict[str, str]:

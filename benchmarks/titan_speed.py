@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", choices=VARIANTS, help="what the processes are for: one training, whose figures are printed")
     args, device = parser.parse(argv), report.pick_device()
     with parser.refusing(ImportError):
-        report.out_folder(args.out)
         check_versions()
     if args.train:
         print(json.dumps(train(args)))
         return
     what = "titan-speed-compiled" if args.compile else "titan-speed"
-    result = report.Result(parser, args.out, what, device, torchtitan=importlib.metadata.version("torchtitan"))
+    with parser.refusing():
+        result = report.Result(parser, args.out, what, device, torchtitan=importlib.metadata.version("torchtitan"))
     ms: dict[str, list[float]] = {name: [] for name in VARIANTS}
     gib: dict[str, list[float]] = {name: [] for name in VARIANTS}
     command = [sys.executable, "-m", "benchmarks.titan_speed", *parser.argv, "--train"]

@@ -55,16 +55,13 @@ class Plan:
         document_RS = starts_T.cumsum(0).unflatten(0, (batch.rows, -1))
         distance = positions_RS[:, :, None] - positions_RS[:, None, :]
         visible = (document_RS[:, :, None] == document_RS[:, None, :]) & (distance >= 0)
-        if self.window is None:
-            return visible.unsqueeze(1) if self.position == "rope" else self._bias(visible, distance)
-        first = positions_RS[:, None, :] < self.kept
-        visible &= (distance < self.window - self.kept) | first
+        if self.window is not None:
+            first = positions_RS[:, None, :] < self.kept
+            visible &= (distance < self.window - self.kept) | first
+            in_window = positions_RS.clamp(max=self.window - 1)[:, :, None] - positions_RS[:, None, :]
+            distance = torch.where(first, in_window, distance)
         if self.position == "rope":
             return visible.unsqueeze(1)
-        in_window = positions_RS.clamp(max=self.window - 1)[:, :, None] - positions_RS[:, None, :]
-        return self._bias(visible, torch.where(first, in_window, distance))
-
-    def _bias(self, visible: Tensor, distance: Tensor) -> Tensor:
         return (-distance.float()).masked_fill(~visible, -torch.inf).unsqueeze(1)
 
 
@@ -183,8 +180,8 @@ class Decoder(nn.Module):
 
 def rope_table(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, D/2) of RoPE's angles."""
-    rates = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1, device=positions_T.device)[:-1]
-    angles = positions_T[:, None, None] * rates
+    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1, device=positions_T.device)[:-1]
+    angles = positions_T[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
