@@ -1,6 +1,7 @@
 """How the tests run: in several processes of one thread each where that helps, without a GPU in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, and for the programs that tests start
@@ -69,6 +70,14 @@ def _place(path: Path, root: Path) -> int:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Transformers logs some of its deprecations instead of warning, and each once only."""
+    yield
+    logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
+    assert not [message for message in logged if "deprecated" in message]
 
 
 @pytest.fixture

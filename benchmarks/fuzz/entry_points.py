@@ -1,9 +1,10 @@
-"""Every way into sm_flex as one attention each, in the form that sm_flex.testing calls (sm_flex/testing/contract.py).
+"""Every entry point of sm_flex as one attention, in the form that sm_flex.testing calls.
 
 python -m sm_flex.testing benchmarks.fuzz.entry_points:flex_dense
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,23 +19,40 @@ from sm_flex.testing.contract import Attention
 BLOCK = 16
 
 
-def flex_cpu(
-    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    return _flex("FLASH_ATTENTION", q, k, v, visible, {**options, "sink": sink})
+def flex_on(backend: str) -> Attention:
+    """flex_attention with that BACKEND; the mask as a block_mask."""
 
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float | None,
+        sink: Tensor | None = None,
+        **problem: Any,
+    ) -> tuple[Tensor, Tensor]:
+        out, aux = flex_attention(
+            q, k, v, score_mod=_mask(**problem, sink=sink), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
+            kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
+        assert aux.lse is not None
+        return out, aux.lse
 
-def flex_dense(
-    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    return _flex("MATH", q, k, v, visible, {**options, "sink": sink})
+    return attend
 
 
 def flex_score_mod(
-    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None,
+    scale: float | None,
+    sink: Tensor | None = None,
+    **problem: Any,
 ) -> tuple[Tensor, Tensor]:
     """An inner score_mod that scales the scores and hides what is not visible."""
-    scale = options.pop("scale")
     factor = 1.0 if scale is None else scale * q.shape[-1] ** 0.5
 
     def inner(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -44,29 +62,43 @@ def flex_score_mod(
         return torch.where(visible[b, torch.zeros_like(h), q_idx, kv_idx], score, -torch.inf)
 
     out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**options, sink=sink, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
+        q, k, v, score_mod=_mask(**problem, sink=sink, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
     assert aux.lse is not None
     return out, aux.lse
 
 
-def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(q, k, v, _beyond_causal(visible), {**options, "sink": sink})
+def sdpa_on(*backends: SDPBackend, as_bias: bool = False) -> Attention:
+    """scaled_dot_product_attention on a kernel, or on torch's choice; as_bias: the mask as 0 and -inf."""
 
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float | None,
+        sink: Tensor | None = None,
+        **problem: Any,
+    ) -> Tensor:
+        attn_mask = _beyond_causal(visible)
+        if attn_mask is None and q.shape[2] != k.shape[2]:
+            attn_mask = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
+        elif attn_mask is not None and as_bias:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
+            return scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask,
+                is_causal=attn_mask is None,
+                scale=scale,
+                enable_gqa=True,
+                score_mod=_mask(**problem, sink=sink),
+            )
 
-def sdpa_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(q, k, v, _beyond_causal(visible), {**options, "sink": sink})
-
-
-def sdpa_float_mask(
-    q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
-) -> Tensor:
-    """The mask as a bias of 0 and -inf; on a CPU by its kernel."""
-    seen = _beyond_causal(visible)
-    bias = None if seen is None else torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-    return _sdpa(q, k, v, bias, {**options, "sink": sink})
+    return attend
 
 
 def varlen(
@@ -119,14 +151,18 @@ def remask_over_softmax(
     if seen is None:
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     scores = (wide_q @ wide_k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -torch.inf)
-    dead = torch.isneginf(scores).all(-1)
-    scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)
-    out = (torch.softmax(scores, -1) @ wide_v).masked_fill(dead.unsqueeze(-1), 0.0)
-    lse = torch.logsumexp(scores, -1).masked_fill(dead, -torch.inf)
+    masked = torch.isneginf(scores).all(-1)  # fully masked rows
+    scores = scores.masked_fill(masked.unsqueeze(-1), 0.0)
+    out = (torch.softmax(scores, -1) @ wide_v).masked_fill(masked.unsqueeze(-1), 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(masked, -torch.inf)
     rows = torch.arange(num_queries, device=q.device) if positions is None else positions
     out, lse = remask(out, lse, log_mass(gamma, rows, length))
     return out.to(q.dtype), lse
 
+
+flex_cpu, flex_dense = flex_on("FLASH_ATTENTION"), flex_on("MATH")
+sdpa_cpu, sdpa_dense = sdpa_on(SDPBackend.FLASH_ATTENTION), sdpa_on(SDPBackend.MATH)
+sdpa_float_mask = sdpa_on(as_bias=True)  # on a CPU by its kernel
 
 CPU_PATHS: dict[str, Attention] = {
     "flex_attention, cpu": flex_cpu,
@@ -140,21 +176,12 @@ CPU_PATHS: dict[str, Attention] = {
 }
 
 
-def _on_cuda(backend: str) -> Attention:
-    def fn(
-        q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, sink: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        return _flex(backend, q, k, v, visible, {**options, "sink": sink})
-
-    return fn
-
-
 CUDA_PATHS: dict[str, Attention] = {
-    "flex_attention, flash": _on_cuda("FLASH_ATTENTION"),
-    "flex_attention, cudnn": _on_cuda("CUDNN_ATTENTION"),
-    "flex_attention, efficient": _on_cuda("EFFICIENT_ATTENTION"),
-    "flex_attention, flex, block_mask": _on_cuda("AUTO"),
-    "flex_attention, dense, block_mask": _on_cuda("MATH"),
+    "flex_attention, flash": flex_on("FLASH_ATTENTION"),
+    "flex_attention, cudnn": flex_on("CUDNN_ATTENTION"),
+    "flex_attention, efficient": flex_on("EFFICIENT_ATTENTION"),
+    "flex_attention, flex, block_mask": flex_on("AUTO"),
+    "flex_attention, dense, block_mask": flex_dense,
     "scaled_dot_product_attention, torch's choice": sdpa_float_mask,
     "varlen_attn, varlen": varlen,
     "remask": remask_over_softmax,
@@ -168,31 +195,10 @@ def _mask(
     sink: Tensor | None,
     score_mod: Callable[..., Tensor] | None = None,
 ) -> StableMask:
-    # One gamma for all heads that is not learned goes in as the number that it is.
+    # One gamma for all heads that is not learned is passed as a number.
     uniform = not gamma.requires_grad and bool((gamma == gamma[0]).all())
     number_or_tensor = gamma[0].item() if uniform else gamma
     return stablemask(number_or_tensor, length=length, positions=positions, score_mod=score_mod, sink=sink)
-
-
-def _flex(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    scale = options.pop("scale")
-    out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**options), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
-        kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
-    assert aux.lse is not None
-    return out, aux.lse
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    scale = options.pop("scale")
-    if attn_mask is None and q.shape[2] != k.shape[2]:
-        attn_mask = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=attn_mask is None, scale=scale, enable_gqa=True, score_mod=_mask(**options)
-    )
 
 
 def _beyond_causal(visible: Tensor | None) -> Tensor | None:
@@ -214,7 +220,7 @@ def _block_mask(visible: Tensor | None) -> BlockMask | None:
 
 
 def _documents(visible: Tensor) -> tuple[list[int], int]:
-    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) that is made of those alone."""
+    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) of those alone."""
     rows = torch.arange(visible.shape[-1], device=visible.device)
     first = visible[0, 0].int().argmax(-1)  # the first key that each row sees
     starts = torch.where(first == rows, rows, 0).cummax(0).values

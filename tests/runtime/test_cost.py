@@ -95,13 +95,13 @@ def test_blocks_of_rows_where_slots_do_not_follow_the_sequence(monkeypatch: pyte
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", sorted(set(memory.ways(64)) - {"SDPA"}))
+@pytest.mark.parametrize("way", sorted(set(memory.entry_points(64)) - {"SDPA"}))
 def test_memory_grows_with_the_length_and_not_its_square(way: str):
     """Four times the length: an S x S float would be 64 MiB at 4096 and 16 times what it was; SDPA holds 4 times as much."""
     peaks = {}
     for name, length in ((way, 1024), (way, 4096), ("SDPA", 4096)):
         q, k, v = leaves(1, 1, length, 32)
-        peaks[name, length] = training_peak(memory.ways(length)[name], (q, k, v, torch.randn(1, 1, length, 32)), CPU)
+        peaks[name, length] = training_peak(memory.entry_points(length)[name], (q, k, v, torch.randn(1, 1, length, 32)), CPU)
     # A block of rows may be held beside what SDPA holds, whatever the length.
     assert peaks[way, 4096] < 1.3 * peaks["SDPA", 4096] + 2**24
     assert peaks[way, 4096] < 5 * peaks[way, 1024]
