@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, and for the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -33,7 +32,7 @@ def workers(config: pytest.Config) -> int:
     One is enough for a file or a few tests, which are over before a second has imported torch. Workers must not share a GPU.
     """
     option = config.option
-    few = option.keyword or option.lf or option.usepdb or option.trace or option.collectonly
+    few = option.keyword or getattr(option, "lf", False) or option.usepdb or option.trace or option.collectonly
     folders = all((config.invocation_params.dir / arg).is_dir() for arg in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if few or not folders or "gpu" in option.markexpr or torch.cuda.is_available() or cores == 1:
@@ -52,19 +51,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: _place(item.path, config.rootpath))
+        items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def _place(path: Path, root: Path) -> int:
-    folder = path.relative_to(root / "tests").parts[0]
-    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.fixture(autouse=True)
