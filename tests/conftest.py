@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, and for the programs that tests start
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:  # before torch is imported, and for the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -44,7 +45,7 @@ def workers(config: pytest.Config) -> int:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """As if called with -n, a file to a worker, where pytest-xdist is installed and the caller has not said it."""
     option = config.option
-    if getattr(option, "numprocesses", 0) is not None or option.dist != "no":
+    if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
     option.dist = "loadfile" if option.numprocesses else "no"
@@ -52,7 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if IS_WORKER:
         items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
