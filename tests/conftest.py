@@ -3,8 +3,7 @@
 import os
 from collections.abc import Iterator
 
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if IS_WORKER:  # before torch is imported, and for the programs that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -22,6 +21,7 @@ settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 MAX_WORKERS = 4
 # Folders in the order in which workers take their files: the longest files first, so that none is left to the end.
 LONGEST_FIRST = ("integrations", "runtime", "benchmarks", "core")
