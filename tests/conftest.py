@@ -33,7 +33,7 @@ def workers(config: pytest.Config) -> int:
     One is enough for a file or a few tests, which are over before a second has imported torch. Workers must not share a GPU.
     """
     option = config.option
-    few = option.keyword or option.lf or option.usepdb or option.trace or option.collectonly
+    few = option.keyword or getattr(option, "lf", False) or option.usepdb or option.trace or option.collectonly
     folders = all((config.invocation_params.dir / arg).is_dir() for arg in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if few or not folders or "gpu" in option.markexpr or torch.cuda.is_available() or cores == 1:
@@ -45,7 +45,8 @@ def workers(config: pytest.Config) -> int:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """As if called with -n, a file to a worker, where pytest-xdist is installed and the caller has not said it."""
     option = config.option
-    if getattr(option, "numprocesses", 0) is not None or option.dist != "no":
+    started = "PYTEST_XDIST_WORKER" in os.environ  # a worker, which starts none of its own
+    if started or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
     option.dist = "loadfile" if option.numprocesses else "no"
