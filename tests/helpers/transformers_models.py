@@ -61,11 +61,15 @@ def eq_11(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1."""
-    visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
+    """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
+
+    A float mask is of the model's own making, and says by itself who sees whom.
+    """
+    by_the_model = mask is not None and mask.dtype != torch.bool
+    visible = mask == 0 if mask is not None and by_the_model else mask
     if position_ids is not None:
         position_ids = position_ids[:, -query.shape[2] :]
-        if query.shape[2] == key.shape[2]:
+        if query.shape[2] == key.shape[2] and not by_the_model:
             document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
             same = document[:, None, :, None] == document[:, None, None, :]
             visible = same if visible is None else visible & same
