@@ -8,9 +8,12 @@ pieces for kernels of your own (remask, log_mass, headwise_gamma).
 """
 
 from sm_flex._version import __version__ as __version__
-from sm_flex.attention import flex_attention, scaled_dot_product_attention, varlen_attn
-from sm_flex.mass import headwise_gamma, log_mass
-from sm_flex.remask import remask
+from sm_flex.dropins.flex import flex_attention
+from sm_flex.dropins.sdpa import scaled_dot_product_attention
+from sm_flex.dropins.varlen import varlen_attn
+from sm_flex.epilogue.remask import remask
+from sm_flex.mass.gamma import headwise_gamma
+from sm_flex.mass.table import log_mass
 from sm_flex.score_mod import StableMask, stablemask
 
 __all__ = [

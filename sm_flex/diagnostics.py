@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sm_flex import _checks, visibility
-from sm_flex.dispatch import autocast, no_autocast, score_scale, wide
+from sm_flex.checks import call as checks
+from sm_flex.checks.mask import check_integers
+from sm_flex.checks.packed import check_cu_seqlens, check_cu_values
 from sm_flex.engines import dense
-from sm_flex.mass import document_of
+from sm_flex.epilogue.formula import shares
+from sm_flex.mass.closed_form import document_of
+from sm_flex.runtime import autocast, no_autocast, score_scale, wide
 from sm_flex.score_mod import StableMask
-from sm_flex.share import shares
-from sm_flex.visibility import VisibleRows
+from sm_flex.visibility.rows import VisibleRows, document_rows, visible_rows
 
 
 def attention_map(
@@ -158,18 +160,18 @@ def _read(
             "stablemask(gamma, length=N)"
         )
     query, key = autocast(query, key)
-    _checks.check_qkv(query, key, key, True, "BHSD")
-    _checks.check_scale(scale)
+    checks.check_qkv(query, key, key, True, "BHSD")
+    checks.check_scale(scale)
     batch, heads, num_queries, dim = query.shape
     num_keys, device = key.shape[2], query.device
     if mask is not None:
         block_mask = visible if isinstance(visible, BlockMask) else None
-        _checks.check_mask_fits(mask, batch, heads, num_queries, num_keys, device, block_mask)
+        checks.check_mask_fits(mask, batch, heads, num_queries, num_keys, device, block_mask)
     if visible is not None:
-        _checks.check_visible(visible, query, key)
+        checks.check_visible(visible, query, key)
     if isinstance(visible, Tensor):
         visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-    rows = visibility.visible_rows(visible, batch, heads, num_queries, num_keys, device, mask is None or mask.ordered)
+    rows = visible_rows(visible, batch, heads, num_queries, num_keys, device, mask is None or mask.ordered)
     if cu_seqlens is not None:
         rows = _within_documents(rows, cu_seqlens, mask, num_queries, num_keys, device)
     if mask is None:
@@ -184,7 +186,7 @@ def _read(
 def _within_documents(
     rows: VisibleRows, cu_seqlens: Tensor, mask: StableMask | None, num_queries: int, num_keys: int, device: torch.device
 ) -> VisibleRows:
-    _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, device)
     if mask is not None and not mask.ordered:
         raise ValueError("cu_seqlens is for rows in order: with ordered=False visible alone says who sees whom")
     if num_queries != num_keys:
@@ -192,10 +194,10 @@ def _within_documents(
             f"cu_seqlens is for equal query and key lengths, got S={num_queries}, T={num_keys}: say with visible which "
             "keys each query sees"
         )
-    _checks.check_cu_values("cu_seqlens", cu_seqlens, num_keys)
+    check_cu_values("cu_seqlens", cu_seqlens, num_keys)
     if mask is not None and mask.length is None:
         raise ValueError("length is required with cu_seqlens: pass stablemask(gamma, length=N), the training length")
-    documents = visibility.document_rows(cu_seqlens, cu_seqlens, num_queries, num_keys, -1)
+    documents = document_rows(cu_seqlens, cu_seqlens, num_queries, num_keys, -1)
     return lambda start, end: rows(start, end) & documents(start, end)
 
 
@@ -204,8 +206,8 @@ def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor 
     batch, _, num_queries, _ = call.query.shape
     num_keys, device = call.key.shape[2], call.query.device
     if key_positions is not None:
-        _checks.check_integers(key_positions, "key_positions")
-        _checks.check_positions_fit(key_positions, batch, num_keys, device, "key_positions")
+        check_integers(key_positions, "key_positions")
+        checks.check_positions_fit(key_positions, batch, num_keys, device, "key_positions")
         positions = key_positions
     elif num_queries != num_keys:
         raise ValueError(

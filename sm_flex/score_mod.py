@@ -1,4 +1,4 @@
-"""stablemask(): what the caller wants, as a score_mod. The drop-ins in attention.py know how to do it."""
+"""stablemask(): what the caller wants, as a score_mod. The drop-ins know how to do it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import check_gamma, check_length, check_positions, check_sink
-from sm_flex.mass import Mass
+from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink
+from sm_flex.mass.table import Mass
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -141,3 +141,11 @@ def stablemask(
 def _copy(x: Tensor, device: torch.device) -> Tensor:
     # Some devices (MPS) have no float64; log M is float32 there.
     return x.to(device) if device.type in ("cpu", "cuda") else x.to(device, torch.float32)
+
+
+def only_stablemask(score_mod: Any, name: str) -> None:
+    if not isinstance(score_mod, StableMask):
+        raise TypeError(
+            f"score_mod of {name} must be a StableMask or None, got {type(score_mod).__name__}: torch's has no score_mod; "
+            "use flex_attention, or stablemask(..., score_mod=...)"
+        )

@@ -7,7 +7,7 @@ A kernel engine is a module with
 
 where out and lse are those of ordinary attention, natural log, lse -inf for a row that sees nothing, and backward is the
 library's ordinary one, to be called with StableMask's out' and lse' (+inf for a row that has neither keys nor mass). flex and
-dense differentiate by themselves. rule.py says which one serves a call.
+dense differentiate by themselves. choose.py says which one serves a call.
 
 Lists, not generators, are unpacked in what torch.compile traces: under activation checkpointing Dynamo (2.14) fails on a
 generator with "generator already executing".

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sm_flex.remask import remask
-from sm_flex.visibility import VisibleRows, vmap_bhqk
+from sm_flex.epilogue.remask import remask
+from sm_flex.visibility.rows import VisibleRows, vmap_bhqk
 
 # Scores held at a time, in elements.
 BLOCK_SCORES = 1 << 19

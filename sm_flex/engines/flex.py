@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sm_flex.mass import Mass
-from sm_flex.remask import epilogue, remask
-from sm_flex.visibility import narrow_block_mask
+from sm_flex.epilogue.remask import epilogue, remask
+from sm_flex.mass.table import Mass
+from sm_flex.visibility.blocks import narrow_block_mask
 
 
 def attend(

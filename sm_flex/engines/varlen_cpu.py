@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sm_flex.engines import Call, Forward, Gradients, State, rows_contiguous
 from sm_flex.engines.varlen import to_bhsd, to_thd
-from sm_flex.visibility import banded_bias
+from sm_flex.visibility.bias import banded_bias
 
 aten = torch.ops.aten
 # A window is cut into blocks of this many rows, so that its bias stays small.

@@ -338,7 +338,7 @@ def test_varlen_decodes_against_a_cache():
 
 def test_varlen_dense_engine_agrees(monkeypatch: pytest.MonkeyPatch):
     """The mask of packed documents that serves devices and dtypes without a varlen kernel."""
-    from sm_flex.engines import rule
+    from sm_flex.engines import choose
 
     cu_q, cu_k = torch.tensor([0, 4, 4, 9]).int(), torch.tensor([0, 6, 8, 13]).int()
     positions = torch.arange(9)
@@ -353,7 +353,7 @@ def test_varlen_dense_engine_agrees(monkeypatch: pytest.MonkeyPatch):
         return out
 
     expected = run()
-    monkeypatch.setattr(rule, "choose_packed", lambda *args: "dense")
+    monkeypatch.setattr(choose, "choose_packed", lambda *args: "dense")
     torch.testing.assert_close(run(), expected)
 
 
@@ -408,12 +408,12 @@ def test_autocast_as_sdpa(dtype: torch.dtype):
 
 
 def test_sdpa_kernel_is_honoured(monkeypatch: pytest.MonkeyPatch):
-    import sm_flex.identity as identity
+    import sm_flex.engines.autograd as autograd
 
     q, k, v = qkv(1, 2, 2, 13, 13, 8)
     calls = []
-    real = identity.attend
-    monkeypatch.setattr(identity, "attend", lambda *a, **kw: calls.append(a[0]) or real(*a, **kw))
+    real = autograd.attend
+    monkeypatch.setattr(autograd, "attend", lambda *a, **kw: calls.append(a[0]) or real(*a, **kw))
     with sdpa_kernel(SDPBackend.MATH):
         flex_attention(q, k, v, score_mod=stablemask(0.3))
     assert calls == []

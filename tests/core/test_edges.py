@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import AuxRequest as VarlenAux
 from sm_flex import dispatch, flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
 from sm_flex.engines import dense
 from sm_flex.testing import assert_as_good_as, oracle
-from sm_flex.visibility import narrow_block_mask
+from sm_flex.visibility.blocks import narrow_block_mask
 from tests.helpers.problems import check, gradients, qkv
 
 CPU = torch.device("cpu")

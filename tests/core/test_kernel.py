@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
-from sm_flex import remask_kernel as rk
-from sm_flex.mass import Mass
-from sm_flex.share import shares
+from sm_flex.epilogue import kernel as rk
+from sm_flex.epilogue.formula import shares
+from sm_flex.mass.table import Mass
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import sm_flex
 from sm_flex import headwise_gamma, log_mass, stablemask
-from sm_flex.mass import Mass
+from sm_flex.mass.table import Mass
 
 GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
 LENGTHS = [1, 2, 5, 100, 131072]

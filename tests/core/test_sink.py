@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.varlen import AuxRequest as VarlenAuxRequest
 
 from sm_flex import flex_attention, headwise_gamma, log_mass, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.mass import Mass
-from sm_flex.remask import epilogue
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import shares
+from sm_flex.epilogue.remask import epilogue
+from sm_flex.mass.table import Mass
 from tests.helpers.problems import qkv
 
 HEADS, LENGTH = 6, 29

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sm_flex.mass import Mass
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import shares
+from sm_flex.mass.table import Mass
 from sm_flex.testing import assert_as_good_as
 from tests.helpers.gpu import DEVICE, name_of
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
-from sm_flex.remask_kernel import HALF_ULP, block_shape, launch
+from sm_flex.epilogue.kernel import HALF_ULP, block_shape, launch
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
-from sm_flex import flex_attention, identity, stablemask
+from sm_flex import flex_attention, stablemask
+from sm_flex.engines import autograd
 from tests.helpers.problems import Attention
 
 DEVICE = "cuda"
@@ -52,11 +53,11 @@ def gamma_of(heads: int, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def engines_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The engines that identity.attend was given; dense and flex do without it."""
+    """The engines that autograd.attend was given; dense and flex do without it."""
     names: list[str] = []
-    attend = identity.attend
+    attend = autograd.attend
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
+        patch.setattr(autograd, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
         yield names
 
 

@@ -103,7 +103,7 @@ def test_compiled_selective_saves_the_attention(fresh_compiler: None):
 
 def test_the_engines_output_is_written_to_only_where_nobody_watches():
     """In place without a dispatch mode, a new buffer under one."""
-    from sm_flex.remask import epilogue
+    from sm_flex.epilogue.remask import epilogue
 
     out, lse, log_mass = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5), torch.zeros(1, 5)
     with Count():

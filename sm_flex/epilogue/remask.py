@@ -2,7 +2,7 @@
 
     s = sigmoid(lse - log M),   out' = s * out,   lse' = logaddexp(lse, log M)
 
-Plain PyTorch here; remask_kernel.py is the same in one Triton launch, for a GPU.
+Plain PyTorch here; kernel.py is the same in one Triton launch, for a GPU.
 """
 
 from importlib.util import find_spec
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import broadcasts, check_no_transform
-from sm_flex.mass import Mass
-from sm_flex.share import exp_difference, pseudo_share, shares, shares_alive
+from sm_flex.epilogue.formula import exp_difference, pseudo_share, shares, shares_alive
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import broadcasts, check_no_transform
 
 # Imported here and not where it is called, which may be traced. A CPU build of torch comes without Triton.
 if torch.version.cuda is not None and find_spec("triton") is not None:
-    from sm_flex import remask_kernel
+    from sm_flex.epilogue import kernel
 else:
-    remask_kernel = None
+    kernel = None
 
 
 def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,8 @@ def epilogue(
     if isinstance(mass, Mass) and mass.sink is not None:
         mass = mass.table(lse.dtype)
     in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
-    if remask_kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
-        return remask_kernel.launch(out, lse, mass, in_place=in_place)
+    if kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+        return kernel.launch(out, lse, mass, in_place=in_place)
     if isinstance(mass, Mass):
         mass = mass.table(lse.dtype)
     share, new_lse = shares(lse, mass) if may_be_dead else shares_alive(lse, mass, want_lse)

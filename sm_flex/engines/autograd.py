@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm_flex._checks import differentiable, plain_eager
 from sm_flex.engines import Call, Settings, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
-from sm_flex.mass import Mass
-from sm_flex.remask import epilogue, log_mass_grad
-from sm_flex.visibility import dead_rows
+from sm_flex.epilogue.remask import epilogue, log_mass_grad
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import differentiable, plain_eager
+from sm_flex.visibility.bias import dead_rows
 
 ENGINES: dict[str, ModuleType] = {
     "flash": flash,

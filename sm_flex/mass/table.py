@@ -1,37 +1,15 @@
-"""log M: the log of the pseudo-attention mass that a StableMask row carries beside its real scores.
+"""Mass, what log M of a call depends on, and the table of it."""
 
-Row p of eq. 8 holds the pseudo scores -j * gamma for p < j < N. They carry no value, so only their total counts:
-
-    M(p) = sum_{j=p+1}^{N-1} e^{-j gamma},  n = N-1-p terms
-    log M(p) = -(p+1) gamma + log n + g(n gamma) - g(gamma),   g(x) = log((1 - e^-x) / x)
-
-g is smooth through 0 (g(x) = -x/2 + x^2/24 - ...), so this form has neither 0/0 nor cancellation at small gamma, in its
-value or in its gradient. Beyond the training length (p >= N) the paper keeps one pseudo score, tau = -(p+1) gamma
-(section 4.3), which is n = 1.
-"""
-
-import math
 from collections import deque
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sm_flex._checks import (
-    check_gamma,
-    check_length,
-    check_position_values,
-    check_positions,
-    differentiable,
-    plain_eager,
-    readable,
-)
+from sm_flex.checks.mask import check_gamma, check_length, check_position_values, check_positions
+from sm_flex.mass.closed_form import closed_form, document_of, log_add
+from sm_flex.runtime import differentiable, plain_eager, readable
 
-# x^2, x^4, ... coefficients of log(sinh(x/2) / (x/2)); below |x| = SMALL they are exact to 1e-14.
-SERIES = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800, 1 / 479001600)
-SMALL = 0.5
-# From here on e^-gamma is nothing in any float: the row is plain causal, as for gamma = inf.
-HUGE = 1e30
 # The largest table that is kept to be found again, in elements.
 KEPT = 2**22
 
@@ -68,10 +46,10 @@ class Mass(NamedTuple):
         gamma = self.gamma.to(precise).reshape(-1, 1)
         if positions.dim() == 2:
             positions = positions.unsqueeze(1)
-        log_m = _closed_form(gamma, positions, self.length)
+        log_m = closed_form(gamma, positions, self.length)
         if self.sink is not None:
             sink = self.sink.to(precise)
-            log_m = _log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
+            log_m = log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
         return log_m.to(dtype)
 
     def shared_table(self, dtype: torch.dtype) -> Tensor:
@@ -180,66 +158,3 @@ def log_mass(gamma: float | Tensor, positions: Tensor, length: int) -> Tensor:
     if gamma.device != positions.device:
         raise ValueError(f"gamma and positions must be on one device, got {gamma.device} and {positions.device}")
     return Mass(gamma, positions, None, length, positions.shape[-1]).table(dtype)
-
-
-def headwise_gamma(num_heads: int) -> Tensor:
-    """One gamma a head, by ALiBi's rule for its slopes: 2^(-8h/H) for h = 1..H where H is a power of two.
-
-    Otherwise the slopes of the power of two below H come first, then every other slope of the power of two above (Press
-    et al. 2022, get_slopes). This is "head-wise gamma" of the paper's Table 6.
-
-    Args:
-        num_heads: H >= 1.
-
-    Returns:
-        float32 (H,), on the CPU.
-
-    Example:
-        >>> headwise_gamma(2)
-        tensor([0.0625, 0.0039])
-    """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-
-    def slopes(power: int) -> list[float]:
-        return [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
-
-    below = 1 << (num_heads.bit_length() - 1)
-    return torch.tensor(slopes(below) + slopes(2 * below)[0::2][: num_heads - below], dtype=torch.float32)
-
-
-def document_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Which document each packed row belongs to: the last that starts at or before it."""
-    last = cu_seqlens.shape[0] - 2
-    return (torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1).clamp(max=last)
-
-
-def _closed_form(gamma: Tensor, positions: Tensor, length: int) -> Tensor:
-    """log M for gamma (H|1, 1) and positions broadcastable to it, in gamma's dtype; every branch of a where() is finite."""
-    positions = positions.long()
-    terms = length - 1 - positions  # below 0 from N on, where the one pseudo score -(p+1) gamma remains
-    empty = (terms == 0) | (gamma >= HUGE)
-    n = terms.clamp(min=1).to(gamma.dtype)
-    gamma = torch.where(gamma >= HUGE, 1.0, gamma)
-    log_m = -(positions + 1) * gamma + n.log() + _log_ratio(n * gamma) - _log_ratio(gamma)
-    return torch.where(empty, -math.inf, log_m)
-
-
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), whose gradient is 0, not NaN, where both are -inf."""
-    gone = torch.isneginf(a) & torch.isneginf(b)
-    return torch.logaddexp(a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)).masked_fill(gone, -math.inf)
-
-
-def _log_ratio(x: Tensor) -> Tensor:
-    """g(x) = log((1 - e^-x) / x), differentiable everywhere; for x < 0 by g(x) = g(-x) - x."""
-    small = x.abs() < SMALL
-    y = torch.where(small, x, 0.0)
-    y2 = y * y
-    even = torch.zeros_like(y2)
-    for coefficient in reversed(SERIES):
-        even = (even + coefficient) * y2
-    z = torch.where(small, 1.0, x.abs())
-    return torch.where(small, even - y / 2, torch.log1p(-torch.exp(-z)) - z.log() + torch.relu(-x))

@@ -34,7 +34,7 @@ SDPA_BACKENDS = {
     "EFFICIENT_ATTENTION": "efficient",
     "MATH": "dense",
 }
-# The gradient of lse widens the head dim by 8 (identity.py), which must stay within what the kernel takes.
+# The gradient of lse widens the head dim by 8 (autograd.py), which must stay within what the kernel takes.
 WIDEST_WITH_LSE_GRAD = {"flash": 248, "cudnn": 120, "varlen": 248}
 BEFORE_2_13, BEFORE_2_14 = torch.__version__ < "2.13", torch.__version__ < "2.14"
 BACKENDS = ("AUTO", *SDPA_BACKENDS, *FLEX_BACKENDS)

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex._checks import plain_eager
-from sm_flex.mass import HUGE, Mass
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import shares
+from sm_flex.mass.closed_form import HUGE
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import plain_eager
 
 # 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
@@ -33,7 +34,7 @@ GAMMA_HUGE = tl.constexpr(HUGE)
 
 @triton.jit
 def _log_ratio(x):
-    """g(x) = log((1 - e^-x) / x), by its series near 0 (mass.py)."""
+    """g(x) = log((1 - e^-x) / x), by its series near 0 (mass/closed_form.py)."""
     y2 = x * x
     even = 1 / 181440 + y2 * (-1 / 9676800 + y2 * (1 / 479001600))
     even = y2 * (1 / 24 + y2 * (-1 / 2880 + y2 * even))
@@ -45,7 +46,7 @@ def _log_ratio(x):
 
 @triton.jit
 def _log_mass(gamma, position, length):
-    """log M(p) in closed form (mass.py)."""
+    """log M(p) in closed form (mass/closed_form.py)."""
     terms = tl.where(position >= length, 1, length - 1 - position)
     n = tl.where(terms == 0, 1, terms).to(tl.float32)
     finite = tl.where(gamma < GAMMA_HUGE, gamma, 1.0)
