@@ -38,7 +38,7 @@ def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: f
     calls: dict[str, Callable[[int], Any]] = {}
     errors = {}
     for name, gamma in gammas.items():
-        mass = stablemask(gamma, length=case.length).mass(device, case.length, case.length)
+        mass = stablemask(gamma, length=case.length).mass(device, case.length, case.length, torch.float32)
         share = torch.sigmoid(lse - log_mass(gamma, torch.arange(case.length, device=device), case.length))
         found, _ = epilogue(outs[0].clone(), lse, mass, in_place=True)
         exact = outs[0].double() * share.double().unsqueeze(-1)

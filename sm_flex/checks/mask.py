@@ -15,9 +15,9 @@ def check_gamma(gamma: Any) -> Tensor:
         if not gamma.is_floating_point():
             raise TypeError(f"gamma must be a floating tensor, got dtype {gamma.dtype}")
         if gamma.dim() > 1:
-            raise ValueError(f"gamma must be 0-d or (H,), one rate a query head, got shape {tuple(gamma.shape)}")
+            raise ValueError(f"gamma must be 0-d or (H,), one value per query head, got shape {tuple(gamma.shape)}")
         if gamma.numel() == 0:
-            raise ValueError("gamma must hold at least one rate, got an empty tensor")
+            raise ValueError("gamma must hold at least one value, got an empty tensor")
         if readable(gamma):
             if gamma.isnan().any():
                 raise ValueError("gamma must not be NaN")

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm_flex.checks.call import check_mask_fits, check_qkv
+from sm_flex.checks.fits import check_mask_fits
+from sm_flex.checks.tensors import check_qkv
 from sm_flex.runtime import differentiable, readable
+from sm_flex.score_mod import StableMask
 
 
 def check_varlen(
@@ -15,12 +17,14 @@ def check_varlen(
     value: Any,
     cu_q: Any,
     cu_k: Any,
+    max_q: Any,
+    max_k: Any,
+    mask: StableMask,
     window_size: Any,
     enable_gqa: bool,
-    mask: Any,
     paged: dict[str, Any],
 ) -> None:
-    """varlen_attn's own arguments, with a StableMask."""
+    """varlen_attn's arguments with a StableMask. paged: the given ones of seqused_k, block_table and num_splits."""
     if "block_table" not in paged:
         check_qkv(query, key, value, enable_gqa, "THD")
         if value.shape[-1] != query.shape[-1]:
@@ -46,6 +50,8 @@ def check_varlen(
             continue
         check_cu_seqlens(name, cu, query.device)
     _check_documents(query, key, cu_q, cu_k, mask, paged)
+    _check_longest("max_q", max_q, cu_q)
+    _check_longest("max_k", max_k, cu_k)
 
 
 def check_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
@@ -62,14 +68,16 @@ def check_cu_values(name: str, cu: Tensor, total: int) -> None:
         raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {cu.tolist()}")
 
 
-def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: Any, paged: dict[str, Any]) -> None:
+def _check_documents(
+    query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: StableMask, paged: dict[str, Any]
+) -> None:
     num_queries = query.shape[0]
     num_keys = num_queries if paged else key.shape[0]
     if mask.positions is not None and mask.positions.dim() != 1:
         raise ValueError(f"positions must be (T_q,) = ({num_queries},) for varlen_attn, got {tuple(mask.positions.shape)}")
     if paged and mask.positions is None:
         raise ValueError("positions are required with a paged or padded cache: pass stablemask(..., positions=..., length=...)")
-    check_mask_fits(mask, 1, query.shape[1], num_queries, num_keys, query.device)
+    check_mask_fits(mask, (1, query.shape[1], num_queries), num_keys, query.device)
     if cu_k is None or paged:
         return
     if cu_k.shape != cu_q.shape:
@@ -83,7 +91,7 @@ def _check_documents(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | No
         )
 
 
-def check_longest(name: str, longest: Any, cu: Tensor | None) -> None:
+def _check_longest(name: str, longest: Any, cu: Tensor | None) -> None:
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, the longest document's length, got {type(longest).__name__}")
     if cu is not None and readable(cu) and int(cu.diff().max()) > longest:

@@ -1,21 +1,30 @@
-"""The real share s of a row (alpha_i in section 4.2), its complement, and the log-sum-exp of the whole row."""
+"""The real share s of a row (alpha_i in section 4.2), its complement, and the log-sum-exp of the whole row.
+
+    s = sigmoid(lse - log M),   lse' = logaddexp(lse, log M)
+
+A fully masked row sees no key: lse = -inf. Its s is 0, also where log M = -inf too.
+
+Shapes: lse is (B, H, S), log M broadcastable to it.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def shares(lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The real share s of each row and lse'. A dead row, lse = -inf, has share 0, also where log M = -inf too."""
-    dead = torch.isneginf(lse)
-    share = torch.sigmoid(lse.masked_fill(dead, 0.0) - log_mass).masked_fill(dead, 0.0)
-    return share, torch.logaddexp(lse, log_mass)
-
-
-def shares_alive(lse: Tensor, log_mass: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """shares() where no row is dead, in less than half the time: logaddexp is slow in the layout of the CPU op's lse."""
+def real_share_and_lse(
+    lse: Tensor, log_mass: Tensor, *, may_be_masked: bool = True, return_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """s and lse'. may_be_masked=False, where no row is fully masked, takes less than half the time."""
+    if may_be_masked:
+        masked = torch.isneginf(lse)
+        share = torch.sigmoid(lse.masked_fill(masked, 0.0) - log_mass).masked_fill(masked, 0.0)
+        return share, torch.logaddexp(lse, log_mass) if return_lse else None
     gap = lse - log_mass
-    return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs()) if want_lse else None
+    if not return_lse:
+        return torch.sigmoid(gap), None
+    # logaddexp is slow in the memory layout of the CPU op's lse.
+    return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs())
 
 
 def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
@@ -24,6 +33,6 @@ def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
 
 
 def exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """exp(a - b), 0 where a is -inf (a dead row has b = -inf too)."""
-    gone = torch.isneginf(a)
-    return torch.exp(a.masked_fill(gone, 0.0) - b).masked_fill(gone | torch.isneginf(b), 0.0)
+    """exp(a - b), but 0 where a is -inf, even where b is too (a fully masked row has b = -inf)."""
+    zero = torch.isneginf(a)
+    return torch.exp(a.masked_fill(zero, 0.0) - b).masked_fill(zero | torch.isneginf(b), 0.0)

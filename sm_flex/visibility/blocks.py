@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sm_flex.runtime import watched
 
 DEFAULT_BLOCK = 128
 
 
 def narrow_block_mask(block_mask: BlockMask | None, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
-    """block_mask (or everything) within the causal slots, from block indices alone: nothing is evaluated on S x T.
+    """block_mask (or everything) within the causal slots, from block indices alone.
 
-    Kept for the next call, but for what belongs to a trace or a dispatch mode (fake tensors).
+    Nothing is evaluated on S x T. The result is cached, except in a trace or under a dispatch mode (fake
+    tensors).
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or watched():
         return _narrow(block_mask, num_queries, num_keys, device)
     with torch.inference_mode(False):  # or a later training step could not use it
         if block_mask is None:
@@ -28,10 +30,10 @@ def narrow_block_mask(block_mask: BlockMask | None, num_queries: int, num_keys: 
             return _PLAIN[key]
         # A BlockMask may be given another mask_mod or other lists after it was made.
         source = (block_mask.mask_mod, block_mask.kv_indices, block_mask.full_kv_indices)
-        kept = _NARROWED.get(block_mask)
-        if kept is None or any(a is not b for a, b in zip(kept[0], source, strict=True)):
-            kept = _NARROWED[block_mask] = (source, _narrow(block_mask, num_queries, num_keys, device))
-        return kept[1]
+        cached = _NARROWED.get(block_mask)
+        if cached is None or any(a is not b for a, b in zip(cached[0], source, strict=True)):
+            cached = _NARROWED[block_mask] = (source, _narrow(block_mask, num_queries, num_keys, device))
+        return cached[1]
 
 
 _NARROWED: "weakref.WeakKeyDictionary[BlockMask, tuple[tuple[Any, ...], BlockMask]]" = weakref.WeakKeyDictionary()
@@ -68,11 +70,7 @@ def _narrow(block_mask: BlockMask | None, num_queries: int, num_keys: int, devic
             return mask_mod(b, h, q_idx, kv_idx) & (kv_idx <= q_idx + offset)
 
     return BlockMask.from_kv_blocks(
-        *_ordered(partial),
-        *_ordered(full),
-        BLOCK_SIZE=(block_q, block_kv),
-        mask_mod=within,
-        seq_lengths=(num_queries, num_keys),
+        *_ordered(partial), *_ordered(full), BLOCK_SIZE=(block_q, block_kv), mask_mod=within, seq_lengths=(num_queries, num_keys)
     )
 
 

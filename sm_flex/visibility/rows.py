@@ -1,14 +1,15 @@
 """The rule as rows of a boolean mask, for the dense engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, _vmap_for_bhqkv
+from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 
 from sm_flex.mass.closed_form import document_of
+from sm_flex.runtime import vmap_bhqkv
 from sm_flex.visibility.blocks import dense_blocks
 
 # (first row, end row) -> bool, broadcastable to (B, H, rows, T)
@@ -16,15 +17,13 @@ VisibleRows = Callable[[int, int], Tensor]
 
 
 def visible_rows(
-    mask: Tensor | BlockMask | None,
-    batch: int,
-    num_heads: int,
-    num_queries: int,
-    num_keys: int,
-    device: torch.device,
-    ordered: bool,
+    mask: Tensor | BlockMask | None, rows: Sequence[int], num_keys: int, device: torch.device, ordered: bool
 ) -> VisibleRows:
-    """The causal slots, narrowed by a BlockMask (which is all there is if not ordered) or a boolean mask of four dimensions."""
+    """The causal slots of rows (B, H, S), narrowed by a boolean mask of four dimensions or a BlockMask.
+
+    If not ordered, the BlockMask is all there is.
+    """
+    batch, num_heads, num_queries = rows
     if isinstance(mask, BlockMask):
         return block_mask_rows(mask, num_queries, num_keys, num_heads, batch, ordered)
     return causal_rows(num_queries, num_keys, device) if mask is None else bool_mask_rows(mask, num_queries, num_keys)
@@ -43,7 +42,7 @@ def causal_rows(num_queries: int, num_keys: int, device: torch.device) -> Visibl
 def block_mask_rows(
     block_mask: BlockMask, num_queries: int, num_keys: int, num_heads: int, batch: int, ordered: bool
 ) -> VisibleRows:
-    """A BlockMask (within the causal slots if ordered): each pair of a full block, and what mask_mod keeps of a partial one."""
+    """A BlockMask, within the causal slots if ordered: all of a full block, of a partial one what mask_mod keeps."""
     device = block_mask.kv_num_blocks.device
     causal = causal_rows(num_queries, num_keys, device)
     block_q, block_kv = block_mask.BLOCK_SIZE
@@ -71,7 +70,7 @@ def block_mask_rows(
 
 def vmap_bhqk(mod: Callable[..., Tensor], scored: bool = False) -> Callable[..., Tensor]:
     """A mask_mod or score_mod over ranges of (b, h, q_idx, kv_idx), as torch's flex_attention maps it."""
-    mapped = _vmap_for_bhqkv(mod, prefix=(0,) if scored else ())
+    mapped = vmap_bhqkv(mod, prefix=(0,) if scored else ())
 
     def call(*args: Tensor) -> Tensor:
         with _IndexByTensors():
@@ -81,7 +80,7 @@ def vmap_bhqk(mod: Callable[..., Tensor], scored: bool = False) -> Callable[...,
 
 
 class _IndexByTensors(TorchFunctionMode):
-    """table[b, h] under vmap: aten.index, where indexing by a 0-d tensor would ask for its value. It has a gradient."""
+    """table[b, h] under vmap by aten.index, since indexing by a 0-d tensor would ask for its value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -92,7 +91,7 @@ class _IndexByTensors(TorchFunctionMode):
 
 
 def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, window: int) -> VisibleRows:
-    """Packed documents as rows of a mask: a query sees its own document's slots, aligned to the end, within the window."""
+    """Packed documents: a query sees the slots of its own document, aligned to the end, within the window."""
     kv = torch.arange(num_keys, device=cu_k.device)
     document_kv = document_of(kv, cu_k)
 

@@ -16,6 +16,7 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.check import error_of
 from sm_flex import stablemask
 from sm_flex.engines import choose
+from sm_flex.runtime import BEFORE_2_14
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"head_dim": 16, "heads": 2, "kv_heads": 1, "dtype": "fp32", "threads": 1}
@@ -194,7 +195,7 @@ def test_the_plans_name_what_the_library_knows() -> None:
         assert case.heads % case.kv_heads == 0
         assert sum(speed_cases.document_lengths(case)) == case.batch * case.length
         assert case.dtype in speed_cases.DTYPES
-        assert "flex FLASH" not in case.engines or not choose.BEFORE_2_14
+        assert "flex FLASH" not in case.engines or not BEFORE_2_14
     assert set(speed_cases.BACKEND_OF.values()) <= set(choose.BACKENDS)
     tokens = {case.batch * case.length for case in speed_cases.gpu_plan() if case.group == "attention"}
     assert tokens == {speed_cases.GPU_TOKENS}

@@ -1,58 +1,18 @@
-"""The arguments of a call, against each other and against its StableMask."""
+"""The tensors and options of a call, against each other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sm_flex.checks.mask import check_position_values
-from sm_flex.runtime import broadcasts, check_no_transform
+from sm_flex.runtime import check_no_transform
 
 
-def check_mask_fits(
-    mask: Any, batch: int, heads: int, num_queries: int, num_keys: int, device: torch.device, block_mask: BlockMask | None = None
-) -> None:
-    """A StableMask against the call that it came with: heads, positions, length, device, block_mask."""
-    gamma, positions = mask.gamma, mask.positions
-    if gamma.dim() == 1 and gamma.shape[0] != heads:
-        raise ValueError(
-            f"gamma must have one rate for each of the {heads} query heads, got {gamma.shape[0]}: see headwise_gamma"
-        )
-    if gamma.device != device and not (gamma.dim() == 0 and gamma.device.type == "cpu"):
-        raise ValueError(f"gamma must be on the device of query, {device}, got {gamma.device}: use gamma.to({str(device)!r})")
-    if mask.sink is not None:
-        _check_sink_fits(mask.sink, batch, heads, num_queries, device)
-    if not mask.ordered and block_mask is None:
-        raise ValueError(
-            "block_mask is required with stablemask(..., ordered=False), where it alone says who sees whom: use flex_attention"
-        )
-    if positions is None:
-        if num_queries != num_keys:
-            raise ValueError(
-                f"positions are required where query and key lengths differ, got S={num_queries} and T={num_keys}: "
-                "pass stablemask(..., positions=..., length=...)"
-            )
-        return
-    check_positions_fit(positions, batch, num_queries, device)
-    check_position_values(positions)
-
-
-def _check_sink_fits(sink: Tensor, batch: int, heads: int, num_queries: int, device: torch.device) -> None:
-    if sink.device != device and not (sink.dim() == 0 and sink.device.type == "cpu"):
-        raise ValueError(f"sink must be on the device of query, {device}, got {sink.device}: use sink.to({str(device)!r})")
-    if sink.dim() == 1 and sink.shape[0] != heads:
-        raise ValueError(f"sink must have one value for each of the {heads} query heads, got {sink.shape[0]}")
-    full = (batch, heads, num_queries)
-    if sink.dim() > 1 and not broadcasts(sink.shape, full):
-        raise ValueError(f"sink must be broadcastable to (B, H, S) = {full}, got {tuple(sink.shape)}")
-
-
-def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:
-    if positions.device != device:
-        raise ValueError(f"{name} must be on the device of query, {device}, got {positions.device}")
-    if tuple(positions.shape) not in ((count,), (batch, count)):
-        raise ValueError(f"{name} must be ({count},) or ({batch}, {count}), got {tuple(positions.shape)}")
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a tensor of the shape is broadcastable to the full one."""
+    return len(shape) <= len(full) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(full), strict=False))
 
 
 def check_qkv(query: Any, key: Any, value: Any, enable_gqa: bool, layout: str) -> None:
