@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.lm.text import BYTES, Text, read_text
-from sm_flex_launcher.request import BadInput, take_request
+from sm_flex_launcher.flags import BadInput, parse_flags
 
 PROG = "python -m benchmarks.nanogpt_curves"
 VALIDATIONS = 8
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         report.at_least("--seeds", args.seeds, 1)
         if not (args.checkout / "train.py").is_file():
             raise ValueError(f"this is not a nanoGPT checkout: no train.py in {args.checkout}")
-        take_request(["--attn=stablemask", f"--gamma={args.gamma}"])[0].rates(size.n_head)
+        parse_flags(["--attn=stablemask", f"--gamma={args.gamma}"])[0].gamma_for(size.n_head)
         text = read_text(args.text)
         stem = report.result_stem(report.out_folder(args.out), "nanogpt", device)
     except (OSError, ValueError, BadInput) as error:
