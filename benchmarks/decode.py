@@ -2,19 +2,15 @@
 
     python -m benchmarks.decode
 
-One LLaMA of Transformers with random weights, by three ways in turn, so that a busy machine slows all alike: plain causal
-attention (sdpa) with a cache, StableMask with a cache, and StableMask that recomputes the whole context for each token, which
-is what a mass that follows the length of the call would need. On a GPU the first two also compiled, with a static cache (the
-compiler's share is spent before the clock starts). The figure to look at is the ratio of StableMask to causal.
+One LLaMA of Transformers with random weights, in turn, so that a busy machine slows all alike: plain causal
+attention (sdpa) with a cache, StableMask with a cache, and StableMask that recomputes the whole context for
+each token, which a mass that follows the length of the call would need. On a GPU the first two also compiled,
+with a static cache; compiling is not timed. The figure to look at is the ratio of StableMask to causal.
 """
 
-import json
-import shlex
+import inspect
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import sm_flex_transformers  # noqa: F401  (registers stablemask)
-from benchmarks import report
+from benchmarks import plot, report
 
 CONTEXTS = (128, 512, 2048)
 # Four of the layers of a 1.4B model (Table 5): latency goes by the layer.
@@ -55,14 +51,20 @@ def models(shape: dict[str, int], contexts: tuple[int, ...], device: torch.devic
     return made
 
 
+def cache_name(model: LlamaForCausalLM) -> str:
+    """The keyword that forward takes a cache under: "cache" from Transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def cached_step(model: Any, cache: DynamicCache | StaticCache, ids: torch.Tensor) -> Step:
     """Fills the cache with ids and returns what decodes one more token, at one more position each time."""
     prefill = getattr(model, "_orig_mod", model)
-    prefill(ids, past_key_values=cache, logits_to_keep=1)
+    kept = {cache_name(prefill): cache}
+    prefill(ids, **kept, logits_to_keep=1)
     position = torch.full((1, 1), ids.shape[1], device=ids.device)
 
     def step(token: torch.Tensor) -> None:
-        model(token, past_key_values=cache, position_ids=position.clone())
+        model(token, **kept, position_ids=position.clone())
         position.add_(1)
 
     return step
@@ -95,19 +97,13 @@ def measure(
                 for name, step in variants.items():
                     if name == SCRATCH and i % 8:  # slow, and its spread is small beside its size
                         continue
-                    start = now(device)
+                    start = report.now(device)
                     step(token)
                     if i >= WARM_UP:
-                        times.setdefault(name, {}).setdefault(context, []).append(1e3 * (now(device) - start))
+                        times.setdefault(name, {}).setdefault(context, []).append(1e3 * (report.now(device) - start))
                 bar.set_postfix_str(f"context {context}", refresh=False)
                 bar.update()
     return times
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def ratios(times: dict[str, dict[int, list[float]]], context: int) -> dict[str, float]:
@@ -124,65 +120,42 @@ def table(times: dict[str, dict[int, list[float]]]) -> str:
     contexts = list(times[CAUSAL])
     rows: list[tuple[str, ...]] = []
     for name, by_context in times.items():
-        cells = []
-        for context in contexts:
-            fifths = statistics.quantiles(by_context[context], n=5)
-            cells.append(f"{statistics.median(by_context[context]):.2f} ({fifths[0]:.2f} to {fifths[3]:.2f})")
-        rows.append((name, *cells))
+        found = [report.median_and_fifths(by_context[context]) for context in contexts]
+        rows.append((name, *(f"{x['median']:.2f} ({x['p20']:.2f} to {x['p80']:.2f})" for x in found)))
     for what in ratios(times, contexts[0]):
         rows.append((f"*StableMask / causal, {what}*", *(f"*{ratios(times, context)[what]:.3f}*" for context in contexts)))
-    return report.markdown_table(("ms a token, median (p20 to p80)", *(f"context {context}" for context in contexts)), rows)
+    return report.markdown_table(("ms per token, median (p20 to p80)", *(f"context {context}" for context in contexts)), rows)
 
 
-def draw(times: dict[str, dict[int, list[float]]], path: Path) -> None:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+def draw(times: dict[str, dict[int, list[float]]]) -> Figure:
+    figure = plot.figure(6, 3.6)
     axes = figure.subplots()
     for name, by_context in times.items():
         color = "tab:orange" if name == SCRATCH else "tab:blue" if name.startswith("StableMask") else "tab:gray"
-        line = "--" if name.startswith("causal") else "-"
+        line, marker = "--" if name.startswith("causal") else "-", "s" if "compiled" in name else "o"
         medians = [statistics.median(values) for values in by_context.values()]
-        axes.plot(
-            list(by_context), medians, line, color=color, marker="s" if "compiled" in name else "o", markersize=4, label=name
-        )
-    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms a token")
-    axes.set_xticks(list(times[CAUSAL]), labels=[str(context) for context in times[CAUSAL]])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        axes.plot(list(by_context), medians, line, color=color, marker=marker, label=name)
+    axes.set(yscale="log", xlabel="context (tokens)", ylabel="ms per token")
+    plot.log_axis(axes, list(times[CAUSAL]))
+    axes.legend()
+    return figure
 
 
 def main(argv: list[str] | None = None, shape: dict[str, int] | None = None, contexts: tuple[int, ...] = CONTEXTS) -> None:
-    argv, shape = sys.argv[1:] if argv is None else argv, shape or SHAPE
-    parser = report.Parser(
-        prog="python -m benchmarks.decode", description="The time of one more token, by attention and context."
-    )
-    parser.add_argument("--steps", type=int, default=40, help="tokens at each context (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        report.at_least("--steps", args.steps, 16)
-        stem = report.result_stem(report.out_folder(args.out), "decode", device)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.decode", *argv]), device)
+    shape, device = shape or SHAPE, report.pick_device()
+    parser = report.Parser("decode", "The time of one more token, by attention and context.")
+    parser.number("--steps", 40, "tokens at each context", least=16)
+    args = parser.parse(argv)
+    with parser.refusing():
+        result = report.Result(parser, args.out, "decode", device)
     times = measure(shape, contexts, args.steps, device)
-    record = {
-        "benchmark": "decode",
-        "ms": times,
-        "ratios": {context: ratios(times, context) for context in contexts},
-        "shape": shape,
-    }
-    print(table(times))
-    draw(times, stem.with_name(stem.name + ".png"))
+    found = {"ratios": {context: ratios(times, context) for context in contexts}, "shape": shape}
     notes = (
-        f"![latency]({stem.name}.png)\n\nRatios are medians over adjacent steps. Batch 1, random weights, "
-        + ", ".join(f"{key} {value}" for key, value in shape.items())
-        + ". On a CPU the times themselves mean little, the ratios do."
+        f"Ratios are medians over adjacent steps. Batch 1, random weights, {report.listed(shape)} "
+        "On a CPU the times themselves mean little, the ratios do."
     )
-    report.write(stem, "Latency of a decode step (Figure 5)", source, table(times), notes, record)
-    print(f"wrote {stem}.png, .md and .json")
-    print(json.dumps({key: value for key, value in record.items() if key != "ms"}))
+    title = "Latency of a decode step (Figure 5)"
+    result.publish(title, table(times), notes, {"ms": times, **found}, {"": draw(times)}, summary=found)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
     python -m benchmarks.finetune
 
-A small LLaMA of Transformers learns the bytes of real text with plain causal attention. Then three copies of it go on with the
-same batches: still causal; StableMask head-wise from the first step; StableMask with GammaSchedule, which brings the mass in
-over the first half of the steps. The loss is nats a byte on other files along the way and before the first step, where
-head-wise is what a user gets who only changes the flag.
+A small LLaMA of Transformers learns the bytes of real text with plain causal attention. Then three copies of
+it go on with the same batches: still causal; StableMask head-wise from the first step; StableMask with
+GammaSchedule, which brings the mass in over the first half of the steps. The loss is in nats per byte on
+other files, along the way and before the first step. There, head-wise is what a user gets who only changes
+the flag.
 """
 
 import copy
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks import report
-from benchmarks.lm.text import SEPARATOR, cut_rows, read_text
+from benchmarks import plot, report
+from benchmarks.lm.text import SEPARATOR, cut_rows, evenly, read_text
 from sm_flex_transformers import GammaSchedule
 
 CAUSAL, AT_ONCE, SCHEDULED = "causal", "head-wise from the start", "gamma schedule"
+VARIANTS = {CAUSAL: "tab:gray", AT_ONCE: "tab:blue", SCHEDULED: "tab:green"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def run(training: Tensor, held_out: Tensor, size: Size, pretraining: int, steps:
     train(model, training, size, pretraining, seed, size.pretraining_lr, [last])
     at = {0, *(round(steps * share) for share in (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1))}
     curves = {}
-    for name in (CAUSAL, AT_ONCE, SCHEDULED):
+    for name in VARIANTS:
         variant, curve = copy.deepcopy(model), Curve(held_out, at, bar)
         callbacks: list[TrainerCallback] = [curve]
         if name != CAUSAL:
@@ -108,68 +107,53 @@ def run(training: Tensor, held_out: Tensor, size: Size, pretraining: int, steps:
     return {"before": last.losses[pretraining], "after": curves}
 
 
+def means(results: list[dict[str, Any]], name: str) -> dict[int, float]:
+    """Over seeds, after each of some steps."""
+    return {step: statistics.fmean(r["after"][name][step] for r in results) for step in results[0]["after"][name]}
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    steps = list(results[0]["after"][CAUSAL])
-    rows = []
-    for name in results[0]["after"]:
-        cells = [statistics.fmean(r["after"][name][step] for r in results) for step in steps]
-        rows.append((name, *(f"{cell:.4f}" for cell in cells)))
-    return report.markdown_table(("nats a byte", *(f"after {step} steps" for step in steps)), rows)
+    rows = [(name, *(f"{x:.4f}" for x in means(results, name).values())) for name in VARIANTS]
+    return report.markdown_table(("nats per byte", *(f"after {step} steps" for step in means(results, CAUSAL))), rows)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+def draw(results: list[dict[str, Any]]) -> Figure:
+    figure = plot.figure(6, 3.4)
     axes = figure.subplots()
-    for name, color in ((CAUSAL, "tab:gray"), (AT_ONCE, "tab:blue"), (SCHEDULED, "tab:green")):
-        steps = list(results[0]["after"][name])
-        axes.plot(
-            steps, [statistics.fmean(r["after"][name][s] for r in results) for s in steps], "o-", color=color, ms=4, label=name
-        )
-    axes.set(xlabel="fine-tuning steps", ylabel="validation loss (nats a byte)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    for name, color in VARIANTS.items():
+        curve = means(results, name)
+        axes.plot(list(curve), list(curve.values()), "o-", color=color, label=name)
+    axes.set(xlabel="fine-tuning steps", ylabel="validation loss (nats per byte)")
+    axes.legend()
+    return figure
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> None:
-    argv, size = sys.argv[1:] if argv is None else argv, size or Size()
-    parser = report.Parser(prog="python -m benchmarks.finetune", description="A causal model fine-tuned into StableMask.")
-    parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--pretraining", type=int, default=1500, help="steps of the causal model (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="of each fine-tune (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        for option, value in (("--pretraining", args.pretraining), ("--steps", args.steps), ("--seeds", args.seeds)):
-            report.at_least(option, value, 1)
+    size, device = size or Size(), report.pick_device()
+    parser = report.Parser("finetune", "A causal model fine-tuned into StableMask.")
+    parser.text()
+    parser.number("--pretraining", 1500, "steps of the causal model")
+    parser.number("--steps", 300, "of each fine-tune")
+    parser.number("--seeds", 1, "how many, from 0")
+    args = parser.parse(argv)
+    with parser.refusing():
         text = read_text(args.text)
         training, held_out = (cut_rows(documents, size.length - 1) for documents in (text.training, text.validation))
         if len(training) < size.rows or not len(held_out):
             raise ValueError(f"--text: {text.name} is too short for a batch of {size.rows} rows of {size.length} bytes")
-        stem = report.result_stem(report.out_folder(args.out), "finetune", device)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    held_out = held_out[torch.linspace(0, len(held_out) - 1, min(size.validation_rows, len(held_out))).long()]
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.finetune", *argv]), device)
+        result = report.Result(parser, args.out, "finetune", device)
+    training, held_out = training.long(), evenly(held_out, size.validation_rows).long().to(device)
     with tqdm(total=args.seeds * (args.pretraining + 3 * args.steps), unit="step", dynamic_ncols=True) as bar:
-        results = [
-            run(training.long(), held_out.long().to(device), size, args.pretraining, args.steps, seed, bar)
-            for seed in range(args.seeds)
-        ]
-    record = {"benchmark": "finetune", "results": results, "config": {**asdict(size), "text": text.name, **vars(args)}}
-    record["config"] = {key: str(value) if isinstance(value, Path) else value for key, value in record["config"].items()}
-    print(table(results))
-    draw(results, stem.with_name(stem.name + ".png"))
+        seeds = range(args.seeds)
+        results = [run(training, held_out, size, args.pretraining, args.steps, seed, bar) for seed in seeds]
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    record = {"results": results, "config": {**asdict(size), **config, "text": text.name}}
     notes = (
-        f"![losses]({stem.name}.png)\n\nMean over {args.seeds} seed(s). The causal model had {args.pretraining} steps before. "
-        "After 0 steps: the flag alone (the schedule starts at gamma 10, which is all but causal). "
-        + ", ".join(f"{key} {value}" for key, value in asdict(size).items())
-        + "."
+        f"Mean over {args.seeds} seed(s). The causal model had {args.pretraining} steps before. After 0 steps: the flag alone "
+        f"(the schedule starts at gamma 10, which is all but causal). {report.listed(asdict(size))}"
     )
-    report.write(stem, "Fine-tuning a causal model into StableMask", source, table(results), notes, record)
-    print(f"wrote {stem}.png, .md and .json")
-    print(json.dumps(record))
+    title = "Fine-tuning a causal model into StableMask"
+    result.publish(title, table(results), notes, record, {"": draw(results)})
 
 
 if __name__ == "__main__":

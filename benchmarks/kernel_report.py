@@ -1,13 +1,12 @@
-"""Compile the remask kernel ahead of time for three GPU generations, without a GPU, and report what the compiler made of it.
+"""What the compiler makes of the remask kernel, ahead of time, for three GPU generations, without a GPU.
 
     python -m benchmarks.kernel_report
 
-Each variant is compiled to a cubin as a launch with contiguous tensors would specialise it; registers, local memory and
-stack come from the cubin itself. Any spill (local memory or stack) fails the run.
+Each variant is compiled to a cubin as a launch with contiguous tensors would specialise it; registers, local
+memory and stack come from the cubin itself. Any spill (local memory or stack) fails the run.
 """
 
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,27 +26,29 @@ from sm_flex.epilogue import kernel as rk
 TARGETS = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 POINTERS = ("out_ptr", "new_out_ptr", "lse_ptr", "new_lse_ptr", "table_ptr", "gamma_ptr", "position_ptr", "cu_ptr")
-SOURCES = {"table": None, "arange": rk.ARANGE, "positions": rk.POSITIONS, "cu_seqlens": rk.CU_SEQLENS, "one doc.": rk.CU_SEQLENS}
+# Where log M comes from: the kernel's constant for it, and the pointers that it needs.
+SOURCES: dict[str, tuple[int, set[str]]] = {
+    "table": (0, {"table_ptr"}),
+    "arange": (rk.ARANGE, {"gamma_ptr"}),
+    "positions": (rk.POSITIONS, {"gamma_ptr", "position_ptr"}),
+    "cu_seqlens": (rk.CU_SEQLENS, {"gamma_ptr", "cu_ptr"}),
+    "one doc.": (rk.CU_SEQLENS, {"gamma_ptr", "cu_ptr"}),
+}
 
 
 def compile_variant(arch: int, dtype: torch.dtype, head_dim: int, in_place: bool, source: str) -> Any:
     """The cubin and the ptx of one variant of remask_kernel for sm_<arch>, by these names."""
     rows, block_d = rk.block_shape(head_dim, dtype.itemsize)
     names = rk.remask_kernel.arg_names
+    position, used = SOURCES[source]
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": rows, "HALF_ULP": rk.HALF_ULP[dtype], "IN_PLACE": in_place,
-        "HAS_TABLE": source == "table", "POSITION": SOURCES[source] or 0,
+        "HAS_TABLE": source == "table", "POSITION": position,
         "out_d": 1, "new_d": 1, "lse_s": 1, "nlse_s": 1, "table_s": 1, "position_s": 1,
     }  # fmt: skip
     types = {"lse_ptr": "*fp32", "new_lse_ptr": "*fp32", "table_ptr": "*fp32", "gamma_ptr": "*fp32"}
     types |= {"out_ptr": TYPES[dtype], "new_out_ptr": TYPES[dtype], "position_ptr": "*i64", "cu_ptr": "*i32"}
-    unused = {"table": ("gamma_ptr", "position_ptr", "cu_ptr"), "arange": ("table_ptr", "position_ptr", "cu_ptr")}
-    unused |= {
-        "positions": ("table_ptr", "cu_ptr"),
-        "cu_seqlens": ("table_ptr", "position_ptr"),
-        "one doc.": ("table_ptr", "position_ptr"),
-    }
-    constants |= dict.fromkeys(unused[source])
+    constants |= dict.fromkeys({"table_ptr", "gamma_ptr", "position_ptr", "cu_ptr"} - used)
     if source == "one doc.":
         constants["num_docs"] = 1  # the launcher specialises on 1
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -75,7 +76,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def bits(ptx: str) -> tuple[int, int]:
-    """The widest load and store of global memory, in bits a thread."""
+    """The widest load and store of global memory, in bits per thread."""
 
     def widest(instruction: str) -> int:
         found = re.findall(rf"\b{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
@@ -85,37 +86,27 @@ def bits(ptx: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = report.Parser(prog="python -m benchmarks.kernel_report", description="What the compiler makes of the kernel.")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = torch.device("cpu")
-    try:
-        stem = report.result_stem(report.out_folder(args.out), "kernel_report", device)
-    except OSError as error:
-        parser.error(str(error))
-    source_of_report = report.environment(shlex.join(["python", "-m", "benchmarks.kernel_report", *argv]), device)
+    parser = report.Parser("kernel_report", "What the compiler makes of the kernel.")
+    args = parser.parse(argv)
+    with parser.refusing():
+        result = report.Result(parser, args.out, "kernel_report", torch.device("cpu"))
     rows, spilled = [], 0
     variants = list(product(TARGETS, TYPES, (64, 128), (True, False), SOURCES))
     for arch, dtype, head_dim, in_place, source in tqdm(variants, unit="variant", dynamic_ncols=True):
         asm = compile_variant(arch, dtype, head_dim, in_place, source)
-        used, (load, store) = resources(asm["cubin"]), bits(asm["ptx"])
+        used, widest = resources(asm["cubin"]), bits(asm["ptx"])
         spilled += used["LOCAL"] + used["STACK"] > 0
         where = "in place" if in_place else "new buffer"
-        rows.append(
-            (f"sm_{arch}", str(dtype)[6:], head_dim, where, source, used["REG"], used["STACK"], used["LOCAL"], load, store)
-        )
+        figures = (used["REG"], used["STACK"], used["LOCAL"], *widest)
+        rows.append((f"sm_{arch}", str(dtype)[6:], head_dim, where, source, *figures))
     columns = ("target", "dtype", "head_dim", "out", "log M from", "registers", "stack", "local", "widest load", "widest store")
-    table = report.markdown_table(columns, rows)
     verdict = "No variant spills." if not spilled else f"{spilled} variants spill."
     notes = (
-        f"{verdict} Registers are a thread's, stack and local memory bytes a thread (both 0: no spill), loads and stores bits a "
-        "thread in one instruction. Compiled ahead of time, as a launch with contiguous tensors specialises it; nothing was run."
+        f"{verdict} Registers are per thread, stack and local memory bytes per thread (both 0: no spill), loads and stores bits "
+        "per thread in one instruction. Compiled ahead of time, as for a launch with contiguous tensors; nothing was run."
     )
-    record = {"benchmark": "kernel_report", "columns": columns, "rows": rows, "spilled": spilled}
-    report.write(stem, "What the compiler makes of the remask kernel", source_of_report, table, notes, record)
-    print(table)
-    print(f"{verdict} wrote {stem}.md and .json")
+    record, table = {"columns": columns, "rows": rows, "spilled": spilled}, report.markdown_table(columns, rows)
+    result.publish("What the compiler makes of the remask kernel", table, notes, record, summary={"spilled": spilled})
     return 1 if spilled else 0
 
 

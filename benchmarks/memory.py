@@ -1,15 +1,12 @@
-"""The memory of a training pass, for every way in that a CPU has, against scaled_dot_product_attention's.
+"""The memory of a training pass by every entry point of a CPU, against scaled_dot_product_attention's.
 
     python -m benchmarks.memory
 
-One head, forward and backward, the most bytes held at once as PyTorch's allocator reports them, inputs included: no path may hold
-anything of S x S. The numbers do not depend on the machine.
+One head, forward and backward, inputs included: the most bytes held at once, as PyTorch's allocator reports
+them. None may hold anything of S x S. The numbers do not depend on the machine.
 """
 
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +23,8 @@ TARGET = 1.2
 DIM = 64
 
 
-def ways(length: int) -> dict[str, Call]:
-    """Every way in that a CPU has, for one head."""
+def entry_points(length: int) -> dict[str, Call]:
+    """Every one that a CPU has, for one head."""
     mask = stablemask(headwise_gamma(1), length=length)
     keep = torch.ones(1, 1, 1, length, dtype=torch.bool)
     keep[..., -length // 8 :] = False
@@ -49,14 +46,13 @@ def ways(length: int) -> dict[str, Call]:
     }
 
 
-def memory_of_every_way(length: int) -> dict[str, dict[str, float]]:
+def measure(length: int) -> dict[str, dict[str, float]]:
     """Peak bytes of a training pass, inputs included, and its ratio to SDPA's."""
     found: dict[str, dict[str, float]] = {}
-    for name, call in tqdm(ways(length).items(), unit="way", dynamic_ncols=True):
+    for name, call in tqdm(entry_points(length).items(), unit="call", dynamic_ncols=True):
         q, k, v = [torch.randn(1, 1, length, DIM, requires_grad=True) for _ in range(3)]
         peak = training_peak(call, (q, k, v, torch.randn(1, 1, length, DIM)), torch.device("cpu"))
-        found[name] = {"bytes": peak}
-        found[name]["ratio"] = found[name]["bytes"] / found["SDPA"]["bytes"]
+        found[name] = {"bytes": peak, "ratio": peak / (found["SDPA"]["bytes"] if found else peak)}
     return found
 
 
@@ -69,7 +65,7 @@ def _packed(
 
 
 def _half(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    """The first half of the output is no StableMask's: zeros, so that the shapes agree."""
+    """The first half of the output is not computed: zeros, so that the shapes agree."""
     half, length = k.shape[2] // 2, k.shape[2]
     mask = stablemask(headwise_gamma(1), length=length, positions=torch.arange(half, length))
     if keep is None:
@@ -80,27 +76,19 @@ def _half(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = report.Parser(prog="python -m benchmarks.memory", description="Peak memory of every way in, on a CPU.")
-    parser.add_argument("--length", type=int, default=32768, help="S (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        report.at_least("--length", args.length, 64)
-        stem = report.result_stem(report.out_folder(args.out), "memory", torch.device("cpu"))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.memory", *argv]), torch.device("cpu"))
-    found = memory_of_every_way(args.length)
+    parser = report.Parser("memory", "Peak memory of every entry point, on a CPU.")
+    parser.number("--length", 32768, "S", least=64)
+    args = parser.parse(argv)
+    with parser.refusing():
+        result = report.Result(parser, args.out, "memory", torch.device("cpu"))
+    found = measure(args.length)
     rows = [
         (name, f"{x['bytes'] / 2**20:.1f}", f"{x['ratio']:.3f}", "met" if x["ratio"] <= TARGET else "missed")
         for name, x in found.items()
     ]
-    table = report.markdown_table(("way in", "peak MiB", "ratio to SDPA", f"at most {TARGET}"), rows)
+    table = report.markdown_table(("entry point", "peak MiB", "ratio to SDPA", f"at most {TARGET}"), rows)
     notes = f"Forward and backward, S = {args.length}, one head, head_dim 64, float32, inputs included. SDPA: is_causal."
-    report.write(stem, "Memory of a training pass", source, table, notes, {"benchmark": "memory", "ways": found})
-    print(table)
-    print(f"wrote {stem}.md and .json")
+    result.publish("Memory of a training pass", table, notes, {"entry points": found})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
 """Loss curves of the real nanoGPT, plain causal against StableMask, by the launcher and over several seeds.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m benchmarks.nanogpt_curves nanoGPT        # Python's own standard library is the text; 15 minutes on one idle core
+    python -m benchmarks.nanogpt_curves nanoGPT       # on Python's standard library; 15 minutes on a core
 
-The checkout's scripts are copied to a temporary folder, the text becomes bytes in train.bin and val.bin there (files of the
-validation are not those of the training), and nanoGPT's own train.py runs through ``python -m sm_flex_nanogpt``, once for
-each attention and seed. nanoGPT has its seed in its code, so a config file, which its configurator runs as Python inside
-train.py, puts another in its place.
+The checkout's scripts are copied to a temporary folder, the text becomes bytes in train.bin and val.bin there
+(files of the validation are not those of the training), and nanoGPT's own train.py runs through ``python -m
+sm_flex_nanogpt``, once for each attention and seed. nanoGPT has its seed in its code, so a config file, which
+its configurator runs as Python inside train.py, puts another in its place.
 
-Without dropout both attentions take the same random numbers: the same weights, and the same batches to train and to validate
-on. What differs between the two curves of a seed is the attention.
+Without dropout both attentions take the same random numbers: the same weights, and the same batches to train
+and to validate on. What differs between the two curves of a seed is the attention.
 """
 
-import json
 import os
 import pickle
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -31,11 +29,10 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import plot, report
 from benchmarks.lm.text import BYTES, Text, read_text
 from sm_flex_launcher.flags import BadInput, parse_flags
 
-PROG = "python -m benchmarks.nanogpt_curves"
 VALIDATIONS = 8
 STEP = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 ITER = re.compile(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms")
@@ -61,7 +58,7 @@ class Size:
 
 @dataclass
 class Run:
-    """One training: the losses that nanoGPT printed, in nats a byte."""
+    """One training: the losses that nanoGPT printed, in nats per byte."""
 
     attn: str
     seed: int
@@ -125,7 +122,7 @@ def train(copy: Path, run: Run, flags: list[str], bar: tqdm) -> None:
             last = [*last[-19:], line]
             if run.read(line) > 0:
                 bar.update()
-                bar.set_postfix_str(f"validation {run.validation[-1]:.3f} nats a byte", refresh=False)
+                bar.set_postfix_str(f"validation {run.validation[-1]:.3f} nats per byte", refresh=False)
     if process.returncode or not run.steps:
         raise RuntimeError(f"train.py ended with exit code {process.returncode}: {''.join(last)}")
 
@@ -141,7 +138,7 @@ def table(runs: list[Run]) -> str:
         a, b = causal.validation[-1], ours.validation[-1]
         speed = f"{statistics.median(causal.milliseconds):.0f} / {statistics.median(ours.milliseconds):.0f}"
         rows.append((causal.seed, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", speed))
-    columns = ("seed", "causal", "StableMask", "StableMask minus causal", "ms an iteration, causal / StableMask")
+    columns = ("seed", "causal", "StableMask", "StableMask minus causal", "ms per iteration, causal / StableMask")
     return report.markdown_table(columns, rows)
 
 
@@ -152,77 +149,63 @@ def verdict(runs: list[Run]) -> str:
     spread = f" ± {statistics.stdev(differences):.4f} (standard deviation over the seeds)" if len(differences) > 1 else ""
     return (
         f"StableMask ends lower for {lower} of {len(differences)} seeds; "
-        f"StableMask minus causal: {statistics.fmean(differences):+.4f}{spread} nats a byte."
+        f"StableMask minus causal: {statistics.fmean(differences):+.4f}{spread} nats per byte."
     )
 
 
-def draw(runs: list[Run], path: Path, title: str) -> None:
+def draw(runs: list[Run], title: str) -> Figure:
     """Left: the validation loss of every run. Right: the difference within each seed."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = plot.figure(9, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (causal, ours) in enumerate(pairs(runs)):
-        labels = ("causal", "StableMask") if number == 0 else (None, None)
-        left.plot(causal.steps, causal.validation, "--", color="tab:gray", marker="o", markersize=3, label=labels[0])
-        left.plot(ours.steps, ours.validation, color="tab:blue", marker="o", markersize=3, label=labels[1])
+        hidden = "_" * min(number, 1)  # one entry in the legend for all seeds
+        left.plot(causal.steps, causal.validation, "o--", color="tab:gray", label=hidden + "causal")
+        left.plot(ours.steps, ours.validation, "o-", color="tab:blue", label=hidden + "StableMask")
         difference = [b - a for a, b in zip(causal.validation, ours.validation, strict=True)]
-        right.plot(causal.steps, difference, marker="o", markersize=3, label=f"seed {causal.seed}")
-    left.set(xlabel="iterations", ylabel="validation loss (nats a byte)")
-    left.legend()
+        right.plot(causal.steps, difference, "o-", label=f"seed {causal.seed}")
     right.axhline(0, color="tab:gray", linestyle="--")
-    right.set(xlabel="iterations", ylabel="nats a byte")
-    right.set_title("StableMask minus causal", fontsize=10)
-    right.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    left.set(xlabel="iterations", ylabel="validation loss (nats per byte)")
+    right.set(xlabel="iterations", ylabel="nats per byte", title="StableMask minus causal")
+    for axes in (left, right):
+        axes.legend()
+    figure.suptitle(title)
+    return figure
 
 
 def main(argv: list[str] | None = None, size: Size | None = None) -> None:
-    argv, size = sys.argv[1:] if argv is None else argv, size or Size()
-    parser = report.Parser(prog=PROG, description="Train nanoGPT: causal against StableMask.")
+    size, device = size or Size(), report.pick_device()
+    parser = report.Parser("nanogpt_curves", "Train nanoGPT: causal against StableMask.")
     parser.add_argument("checkout", type=Path, help="folder of a nanoGPT checkout, which is only read")
-    parser.add_argument("--text", type=Path, help="file or folder of UTF-8 text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=800, help=f"of each run, down to a multiple of {VALIDATIONS}")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
+    parser.text()
+    parser.number("--steps", 800, f"of each run, down to a multiple of {VALIDATIONS}", least=VALIDATIONS)
+    parser.number("--seeds", 3, "how many, from 0")
     parser.add_argument("--gamma", default="headwise", help="as the launcher takes it (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        report.at_least("--steps", args.steps, VALIDATIONS)
-        report.at_least("--seeds", args.seeds, 1)
+    args = parser.parse(argv)
+    with parser.refusing(BadInput):
         if not (args.checkout / "train.py").is_file():
             raise ValueError(f"this is not a nanoGPT checkout: no train.py in {args.checkout}")
         parse_flags(["--attn=stablemask", f"--gamma={args.gamma}"])[0].gamma_for(size.n_head)
         text = read_text(args.text)
-        stem = report.result_stem(report.out_folder(args.out), "nanogpt", device)
-    except (OSError, ValueError, BadInput) as error:
-        parser.error(str(error))
+        commit = {"nanoGPT commit": report.commit(args.checkout)}
+        result = report.Result(parser, args.out, "nanogpt", device, **commit)
     steps = args.steps // VALIDATIONS * VALIDATIONS
     runs = [Run(attn, seed) for seed in range(args.seeds) for attn in ("causal", "stablemask")]
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.nanogpt_curves", *argv]), device)
-    source["nanoGPT commit"] = report.commit(args.checkout)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=steps * len(runs), unit="iter", dynamic_ncols=True) as bar:
         copy = Path(folder) / "nanoGPT"
         copy_checkout(args.checkout, copy, text)
         for run in runs:
-            attention = [f"--attn={run.attn}"] if run.attn == "causal" else [f"--attn={run.attn}", f"--gamma={args.gamma}"]
-            try:
-                train(copy, run, [*options(size, steps, device), *attention], bar)
-            except RuntimeError as error:
-                parser.error(str(error))
-    config = {**asdict(size), "steps": steps, "gamma": args.gamma, "text": text.name}
-    record = {"benchmark": "nanogpt_curves", "runs": [asdict(run) for run in runs], "config": config}
+            gamma = [] if run.attn == "causal" else [f"--gamma={args.gamma}"]
+            with parser.refusing(RuntimeError):
+                train(copy, run, [*options(size, steps, device), f"--attn={run.attn}", *gamma], bar)
+    config = {**asdict(size), "steps": steps, "gamma": args.gamma, "text": text.name, "dropout": 0}
     title = f"nanoGPT on {text.name}: causal against StableMask, gamma {args.gamma}, {args.seeds} seeds"
-    draw(runs, stem.with_name(stem.name + ".png"), title)
-    settings = ", ".join(f"{key} {value}" for key, value in config.items())
     notes = (
-        f"Validation loss at the end, nats a byte. {verdict(runs)}\n\n![losses]({stem.name}.png)\n\n"
-        f"Both runs of a seed have the same initial weights and batches. {settings}, dropout 0. Runs take turns, so where the "
-        "machine has other work the times tell nothing."
+        f"Validation loss at the end, nats per byte. {verdict(runs)}\n\n"
+        f"Both runs of a seed have the same initial weights and batches. {report.listed(config)} "
+        "Runs take turns, so where the machine has other work the times tell nothing."
     )
-    report.write(stem, title, source, table(runs), notes, record)
-    print(table(runs), verdict(runs), f"wrote {stem}.png, .md and .json", sep="\n")
-    print(json.dumps({key: record[key] for key in ("benchmark", "config")}))
+    record = {"runs": [asdict(run) for run in runs], "config": config}
+    result.publish(title, table(runs), notes, record, {"": draw(runs, title)}, summary={"config": config})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
-"""The README's picture: one StableMask attention matrix with its pseudo scores, and the share of each row that is real.
+"""The README's picture: an attention matrix with its pseudo scores, and the share of each row that is real.
 
 python -m benchmarks.picture        writes benchmarks/results/stablemask.png
 """
 
-from pathlib import Path
-
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
+from benchmarks import report
 from sm_flex import log_mass
 from sm_flex.testing import oracle
 
@@ -32,7 +27,8 @@ def probabilities() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", width_ratios=(1, 1.15))
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     real, pseudo = probabilities()
     image = np.ones((ROWS, ROWS, 3))
     for part, color in ((real, REAL), (pseudo, PSEUDO)):
@@ -60,7 +56,7 @@ def main() -> None:
     right.set(xlabel="tokens seen", ylabel="share of the row that is real", ylim=(0, 1.05), title=rows)
     right.legend(frameon=False, loc="lower right")
     right.spines[["top", "right"]].set_visible(False)
-    target = Path(__file__).parent / "results" / "stablemask.png"
+    target = report.ROOT / "benchmarks" / "results" / "stablemask.png"
     figure.savefig(target, dpi=150)
     print(target)
 

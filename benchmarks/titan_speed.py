@@ -1,28 +1,26 @@
-"""Step time and memory of torchtitan's own trainer, with torchtitan's causal attention and with StableMask. On a GPU:
+"""Step time and memory of torchtitan's own trainer, with its causal attention and with StableMask. On a GPU:
 
     python -m benchmarks.titan_speed
 
-The model is llama3 8B with --layers of its 32 layers, so that one GPU holds it with its optimizer; tokens are random, packed
-into documents. Every training is a process of its own, whose peak memory is the variant's, and the variants alternate,
---repeats times. Everything else is torchtitan's default: flex compiled by itself, selective checkpointing, CUDA graphs;
---compile compiles the layers too. The figure to look at is the ratio of StableMask to causal.
+The model is llama3 8B with --layers of its 32 layers, so that one GPU holds it with its optimizer; tokens are
+random, packed into documents. Every training is a process of its own, whose peak memory is the attention's. The
+two alternate, --repeats times. Everything else is torchtitan's default: flex compiled by itself, selective
+checkpointing, CUDA graphs; --compile compiles the layers too. The figure to look at is the ratio of StableMask to causal.
 
-On a CPU, where torch's flex cannot train, the debug model is taken, and gamma = inf is causal: a trial of this script.
+On a CPU, where torch's flex cannot train, the debug model is taken, and gamma = inf is causal: a trial of
+this script.
 """
 
 import importlib.metadata
 import json
 import os
-import shlex
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,63 +36,53 @@ DOCUMENT = 700  # the mean length
 VARIANTS = ("causal", "StableMask")
 
 
-def parse(argv: list[str] | None) -> Any:
-    parser = report.Parser(prog="python -m benchmarks.titan_speed")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=4096, help="tokens in a row")
-    parser.add_argument("--batch", type=int, default=1, help="rows in a step")
-    parser.add_argument("--steps", type=int, default=40, help=f"timed steps of each training, after {WARM_UP} others")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path, default=report.OUT)
-    parser.add_argument("--train", choices=VARIANTS, help="what the processes are for: one training, whose figures are printed")
-    args = parser.parse_args(argv)
-    try:
-        for option in ("layers", "length", "batch", "steps", "repeats"):
-            report.at_least(f"--{option}", getattr(args, option), 2 if option == "steps" else 1)
-        report.out_folder(args.out)
-        check_versions()
-    except (ImportError, ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    parser = report.Parser("titan_speed", "Step time and memory of torchtitan's trainer.")
+    parser.number("--layers", 4, "of the model")
+    parser.number("--length", 4096, "tokens in a row")
+    parser.number("--batch", 1, "rows in a step")
+    parser.number("--steps", 40, f"timed steps of each training, after {WARM_UP} others", least=2)
+    parser.number("--repeats", 3, "trainings of each attention")
+    parser.add_argument("--compile", action="store_true", help="the layers too")
+    parser.add_argument("--train", choices=VARIANTS, help="what the processes are for: one training, whose figures are printed")
+    args, device = parser.parse(argv), report.pick_device()
+    with parser.refusing(ImportError):
+        check_versions()
     if args.train:
         print(json.dumps(train(args)))
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {name: {"ms": [], "gib": []} for name in VARIANTS}
-    command = [sys.executable, "-m", "benchmarks.titan_speed", *(sys.argv[1:] if argv is None else argv)]
+    what = "titan-speed-compiled" if args.compile else "titan-speed"
+    with parser.refusing():
+        result = report.Result(parser, args.out, what, device, torchtitan=importlib.metadata.version("torchtitan"))
+    ms: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    gib: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    command = [sys.executable, "-m", "benchmarks.titan_speed", *parser.argv, "--train"]
     for repeat in range(args.repeats):
         for name in VARIANTS if repeat % 2 == 0 else reversed(VARIANTS):
-            done = subprocess.run([*command, "--train", name], capture_output=True, text=True, cwd=report.ROOT, check=False)
+            done = subprocess.run([*command, name], capture_output=True, text=True, cwd=report.ROOT, check=False)
             if done.returncode:
                 raise SystemExit(f"{name} stopped:\n{done.stderr[-4000:]}")
             figures = json.loads(done.stdout.splitlines()[-1])
-            record[name]["ms"] += figures["ms"]
-            record[name]["gib"].append(figures["gib"])
+            ms[name] += figures["ms"]
+            gib[name].append(figures["gib"])
             print(f"{name}: {statistics.median(figures['ms']):.2f} ms, {figures['gib']:.3f} GiB", flush=True)
     rows = []
     for name in VARIANTS:
-        ms = record[name]["ms"]
-        low, *_, high = statistics.quantiles(ms, n=5, method="inclusive")
-        middle = statistics.median(ms)
-        ratio = middle / statistics.median(record["causal"]["ms"])
-        rows.append([name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{ratio:.4f}", f"{max(record[name]['gib']):.3f}"])
-    table = report.markdown_table(["attention", "ms a step, median", "p20 to p80", "of causal", "peak GiB"], rows)
-    shape = f"{args.layers} layers, {args.batch} x {args.length} tokens a step, {args.steps} steps, {args.repeats} times"
-    source = report.environment(shlex.join(["python", *command[1:]]), device)
-    source["torchtitan"] = importlib.metadata.version("torchtitan")
-    stem = report.result_stem(args.out, "titan-speed-compiled" if args.compile else "titan-speed", device)
-    report.write(stem, "torchtitan's step, causal and StableMask", source, table, f"{_model(device)}, {shape}.", record)
-    print(table)
+        found = report.median_and_fifths(ms[name])
+        ratio = found["median"] / statistics.median(ms["causal"])
+        spread = f"{found['p20']:.2f} to {found['p80']:.2f}"
+        rows.append([name, f"{found['median']:.2f}", spread, f"{ratio:.4f}", f"{max(gib[name]):.3f}"])
+    table = report.markdown_table(["attention", "ms per step, median", "p20 to p80", "of causal", "peak GiB"], rows)
+    model = "llama3 8B" if device.type == "cuda" else "llama3's debug model, gamma = inf for causal"
+    shape = f"{args.layers} layers, {args.batch} x {args.length} tokens per step, {args.steps} steps, {args.repeats} times"
+    record = {name: {"ms": ms[name], "gib": gib[name]} for name in VARIANTS}
+    result.publish("torchtitan's step, causal and StableMask", table, f"{model}, {shape}.", record, summary={"rows": rows})
 
 
 def train(args: Any) -> dict[str, Any]:
     """One training by torchtitan's trainer: milliseconds of its steps, and its peak memory."""
-    on_gpu = torch.cuda.is_available()
+    device = report.pick_device()
+    on_gpu = device.type == "cuda"
     if not on_gpu:
         fill_in_torch_cpu()
     with socket.socket() as found:
@@ -120,10 +108,10 @@ def train(args: Any) -> dict[str, Any]:
     batches = trainer.batch_generator(trainer.dataloader)
     ms = []
     for _ in range(training.steps):
-        start = _now(on_gpu)
+        start = report.now(device)
         trainer.step += 1
         trainer.train_step(batches)
-        ms.append(1e3 * (_now(on_gpu) - start))
+        ms.append(1e3 * (report.now(device) - start))
     trainer.close()
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     return {"ms": ms[WARM_UP:], "gib": peak / 2**30}
@@ -194,16 +182,6 @@ def _no_tokenizer() -> Any:
         get_vocab_size: Any = None
 
     return NoTokenizer.Config()
-
-
-def _model(device: torch.device) -> str:
-    return "llama3 8B" if device.type == "cuda" else "llama3's debug model, gamma = inf for causal"
-
-
-def _now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,12 @@
+"""How the tests run: in several processes of one thread each where that helps, without a GPU in Triton's interpreter."""
+
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, and for the programs that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import pytest
 import torch
@@ -14,8 +22,40 @@ settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
+MAX_WORKERS = 4
+# Folders in the order in which workers take their files: the longest files first, so that none is left to the end.
+LONGEST_FIRST = ("integrations", "runtime", "benchmarks", "core")
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def workers(config: pytest.Config) -> int:
+    """How many processes run the tests; 0 for this one alone.
+
+    One is enough for a file or a few tests, which are over before a second has imported torch. Workers must not share a GPU.
+    """
+    option = config.option
+    few = option.keyword or option.lf or option.usepdb or option.trace or option.collectonly
+    folders = all((config.invocation_params.dir / arg).is_dir() for arg in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if few or not folders or "gpu" in option.markexpr or torch.cuda.is_available() or cores == 1:
+        return 0
+    return min(cores, MAX_WORKERS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """As if called with -n, a file to a worker, where pytest-xdist is installed and the caller has not said it."""
+    option = config.option
+    started = "PYTEST_XDIST_WORKER" in os.environ  # a worker, which starts none of its own
+    if started or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
+        return
+    option.numprocesses = workers(config)
+    option.dist = "loadfile" if option.numprocesses else "no"
+    option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: _place(item.path, config.rootpath))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -23,9 +63,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def _place(path: Path, root: Path) -> int:
+    folder = path.relative_to(root / "tests").parts[0]
+    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Transformers logs some of its deprecations instead of warning, and each once only."""
+    yield
+    logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
+    assert not [message for message in logged if "deprecated" in message]
 
 
 @pytest.fixture

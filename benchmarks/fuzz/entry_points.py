@@ -1,9 +1,10 @@
-"""Every way into sm_flex as one attention each, in the form that sm_flex.testing calls (sm_flex/testing/answer.py).
+"""Every entry point of sm_flex as one attention, in the form that sm_flex.testing calls.
 
 python -m sm_flex.testing benchmarks.fuzz.entry_points:flex_dense
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,22 +14,45 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import StableMask, flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.testing.answer import Attention
+from sm_flex.testing.contract import Attention
 
 BLOCK = 16
 
 
-def flex_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-    return _flex("FLASH_ATTENTION", q, k, v, visible, request)
+def flex_on(backend: str) -> Attention:
+    """flex_attention with that BACKEND; the mask as a block_mask."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float | None,
+        sink: Tensor | None = None,
+        **problem: Any,
+    ) -> tuple[Tensor, Tensor]:
+        out, aux = flex_attention(
+            q, k, v, score_mod=_mask(**problem, sink=sink), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
+            kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
+        assert aux.lse is not None
+        return out, aux.lse
+
+    return attend
 
 
-def flex_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-    return _flex("MATH", q, k, v, visible, request)
-
-
-def flex_score_mod(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
+def flex_score_mod(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None,
+    scale: float | None,
+    sink: Tensor | None = None,
+    **problem: Any,
+) -> tuple[Tensor, Tensor]:
     """An inner score_mod that scales the scores and hides what is not visible."""
-    scale = request.pop("scale")
     factor = 1.0 if scale is None else scale * q.shape[-1] ** 0.5
 
     def inner(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -38,31 +62,56 @@ def flex_score_mod(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, *
         return torch.where(visible[b, torch.zeros_like(h), q_idx, kv_idx], score, -torch.inf)
 
     out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**request, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
+        q, k, v, score_mod=_mask(**problem, sink=sink, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
     assert aux.lse is not None
     return out, aux.lse
 
 
-def sdpa_cpu(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(q, k, v, _beyond_causal(visible), request)
+def sdpa_on(*backends: SDPBackend, as_bias: bool = False) -> Attention:
+    """scaled_dot_product_attention on a kernel, or on torch's choice; as_bias: the mask as 0 and -inf."""
 
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        visible: Tensor | None,
+        scale: float | None,
+        sink: Tensor | None = None,
+        **problem: Any,
+    ) -> Tensor:
+        attn_mask = _beyond_causal(visible)
+        if attn_mask is None and q.shape[2] != k.shape[2]:
+            attn_mask = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
+        elif attn_mask is not None and as_bias:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
+            return scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask,
+                is_causal=attn_mask is None,
+                scale=scale,
+                enable_gqa=True,
+                score_mod=_mask(**problem, sink=sink),
+            )
 
-def sdpa_dense(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(q, k, v, _beyond_causal(visible), request)
-
-
-def sdpa_float_mask(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> Tensor:
-    """The mask as a bias of 0 and -inf; on a CPU by its kernel."""
-    seen = _beyond_causal(visible)
-    bias = None if seen is None else torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-    return _sdpa(q, k, v, bias, request)
+    return attend
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, positions: Tensor | None, visible: Tensor | None, scale: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    visible: Tensor | None,
+    scale: Any,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch packed into one row, a document for each of its rows, or for each that the mask has."""
     batch, heads, num_queries, dim = q.shape
@@ -85,7 +134,7 @@ def varlen(
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q, k, v))
     out, lse = varlen_attn(
         q, k, v, cu_q, cu_k, num_queries, num_keys, window_size=(window, 0), scale=scale, enable_gqa=True,
-        return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions),
+        return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions, sink=sink),
     )  # fmt: skip
     return out.reshape(batch, num_queries, heads, dim).transpose(1, 2), lse.reshape(heads, batch, num_queries).transpose(0, 1)
 
@@ -102,14 +151,18 @@ def remask_over_softmax(
     if seen is None:
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     scores = (wide_q @ wide_k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -torch.inf)
-    dead = torch.isneginf(scores).all(-1)
-    scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)
-    out = (torch.softmax(scores, -1) @ wide_v).masked_fill(dead.unsqueeze(-1), 0.0)
-    lse = torch.logsumexp(scores, -1).masked_fill(dead, -torch.inf)
+    masked = torch.isneginf(scores).all(-1)  # fully masked rows
+    scores = scores.masked_fill(masked.unsqueeze(-1), 0.0)
+    out = (torch.softmax(scores, -1) @ wide_v).masked_fill(masked.unsqueeze(-1), 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(masked, -torch.inf)
     rows = torch.arange(num_queries, device=q.device) if positions is None else positions
     out, lse = remask(out, lse, log_mass(gamma, rows, length))
     return out.to(q.dtype), lse
 
+
+flex_cpu, flex_dense = flex_on("FLASH_ATTENTION"), flex_on("MATH")
+sdpa_cpu, sdpa_dense = sdpa_on(SDPBackend.FLASH_ATTENTION), sdpa_on(SDPBackend.MATH)
+sdpa_float_mask = sdpa_on(as_bias=True)  # on a CPU by its kernel
 
 CPU_PATHS: dict[str, Attention] = {
     "flex_attention, cpu": flex_cpu,
@@ -123,50 +176,29 @@ CPU_PATHS: dict[str, Attention] = {
 }
 
 
-def _on_cuda(backend: str) -> Attention:
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, **request: Any) -> tuple[Tensor, Tensor]:
-        return _flex(backend, q, k, v, visible, request)
-
-    return fn
-
-
 CUDA_PATHS: dict[str, Attention] = {
-    "flex_attention, flash": _on_cuda("FLASH_ATTENTION"),
-    "flex_attention, cudnn": _on_cuda("CUDNN_ATTENTION"),
-    "flex_attention, efficient": _on_cuda("EFFICIENT_ATTENTION"),
-    "flex_attention, flex, block_mask": _on_cuda("AUTO"),
-    "flex_attention, dense, block_mask": _on_cuda("MATH"),
+    "flex_attention, flash": flex_on("FLASH_ATTENTION"),
+    "flex_attention, cudnn": flex_on("CUDNN_ATTENTION"),
+    "flex_attention, efficient": flex_on("EFFICIENT_ATTENTION"),
+    "flex_attention, flex, block_mask": flex_on("AUTO"),
+    "flex_attention, dense, block_mask": flex_dense,
     "scaled_dot_product_attention, torch's choice": sdpa_float_mask,
     "varlen_attn, varlen": varlen,
     "remask": remask_over_softmax,
 }
 
 
-def _mask(gamma: Tensor, length: int, positions: Tensor | None, score_mod: Callable[..., Tensor] | None = None) -> StableMask:
-    # One rate for all heads that is not learned goes in as the number that it is.
+def _mask(
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    sink: Tensor | None,
+    score_mod: Callable[..., Tensor] | None = None,
+) -> StableMask:
+    # One gamma for all heads that is not learned is passed as a number.
     uniform = not gamma.requires_grad and bool((gamma == gamma[0]).all())
-    return stablemask(gamma[0].item() if uniform else gamma, length=length, positions=positions, score_mod=score_mod)
-
-
-def _flex(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, request: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    scale = request.pop("scale")
-    out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**request), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
-        kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
-    assert aux.lse is not None
-    return out, aux.lse
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, request: dict[str, Any]) -> Tensor:
-    scale = request.pop("scale")
-    if attn_mask is None and q.shape[2] != k.shape[2]:
-        attn_mask = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=attn_mask is None, scale=scale, enable_gqa=True, score_mod=_mask(**request)
-    )
+    number_or_tensor = gamma[0].item() if uniform else gamma
+    return stablemask(number_or_tensor, length=length, positions=positions, score_mod=score_mod, sink=sink)
 
 
 def _beyond_causal(visible: Tensor | None) -> Tensor | None:
@@ -188,7 +220,7 @@ def _block_mask(visible: Tensor | None) -> BlockMask | None:
 
 
 def _documents(visible: Tensor) -> tuple[list[int], int]:
-    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) that is made of those alone."""
+    """The first slot of each packed document, and the window, of a mask (B, 1, S, S) of those alone."""
     rows = torch.arange(visible.shape[-1], device=visible.device)
     first = visible[0, 0].int().argmax(-1)  # the first key that each row sees
     starts = torch.where(first == rows, rows, 0).cummax(0).values

@@ -1,7 +1,7 @@
-"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi (or learned absolute positions, for why.py), and attention
-over packed documents by sm_flex.
+"""The decoder of benchmarks.lm: RMSNorm, SwiGLU, RoPE or ALiBi, attention over packed documents by sm_flex.
 
-What makes it a StableMask model (or a rival) is score_mod=mask in Attention.forward.
+What makes it a StableMask model (or a baseline) is score_mod=mask in Attention.forward. why.py also gives it
+learned absolute positions.
 
 Shapes in names: T packed tokens of a batch of R rows, S = T / R, W width, H heads, D head dim, V vocabulary.
 """
@@ -22,8 +22,9 @@ from sm_flex import headwise_gamma, scaled_dot_product_attention, varlen_attn
 class Plan:
     """What the attention of every layer needs to know of a batch.
 
-    window: keys that a query sees, its own among them, or None for all of its document; and beside them the document's first
-    kept tokens. These stand, as in StreamingLLM, at the beginning of the window, not at their distance in the text.
+    window: keys that a query sees, its own among them; None for all of its document. kept: first tokens of
+    the document that a query sees beside the window. As in StreamingLLM, their positions are at the beginning
+    of the window, not at their distance in the text.
     """
 
     batch: Packed
@@ -48,22 +49,19 @@ class Plan:
         return rotate(x_THD, self.rope) if self.position == "rope" else x_THD
 
     def _mask(self) -> Tensor:
-        """Who sees whom, (R, 1, S, S) bool; for ALiBi with the bias, (R, H, S, S) float, which Attention gives its slopes."""
+        """Who sees whom, (R, 1, S, S): bool, or for ALiBi minus the distance, for Attention to multiply."""
         positions_RS, batch = self.positions, self.batch
         starts_T = torch.zeros_like(batch.positions_T).index_fill(0, batch.cu_seqlens[:-1].long(), 1)
         document_RS = starts_T.cumsum(0).unflatten(0, (batch.rows, -1))
         distance = positions_RS[:, :, None] - positions_RS[:, None, :]
         visible = (document_RS[:, :, None] == document_RS[:, None, :]) & (distance >= 0)
-        if self.window is None:
-            return visible.unsqueeze(1) if self.position == "rope" else self._bias(visible, distance)
-        first = positions_RS[:, None, :] < self.kept
-        visible &= (distance < self.window - self.kept) | first
+        if self.window is not None:
+            first = positions_RS[:, None, :] < self.kept
+            visible &= (distance < self.window - self.kept) | first
+            in_window = positions_RS.clamp(max=self.window - 1)[:, :, None] - positions_RS[:, None, :]
+            distance = torch.where(first, in_window, distance)
         if self.position == "rope":
             return visible.unsqueeze(1)
-        in_window = positions_RS.clamp(max=self.window - 1)[:, :, None] - positions_RS[:, None, :]
-        return self._bias(visible, torch.where(first, in_window, distance))
-
-    def _bias(self, visible: Tensor, distance: Tensor) -> Tensor:
         return (-distance.float()).masked_fill(~visible, -torch.inf).unsqueeze(1)
 
 
@@ -143,7 +141,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens, the separator and the artificial token in; scores of the next token, which is one of the text's, out."""
+    """Tokens, the separator and the artificial token in; scores of the text's next token out."""
 
     def __init__(self, size: Size, variant: Variant, position: str = "rope") -> None:
         super().__init__()
@@ -182,8 +180,8 @@ class Decoder(nn.Module):
 
 def rope_table(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, D/2) of RoPE's angles."""
-    rates = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1, device=positions_T.device)[:-1]
-    angles = positions_T[:, None, None] * rates
+    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1, device=positions_T.device)[:-1]
+    angles = positions_T[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -1,10 +1,11 @@
-"""How a variant of benchmarks.lm looks in every figure: one colour, dash and marker, and its name beside its line.
+"""How a variant looks in every figure of benchmarks.lm: colour, dash, marker, and a name beside its line.
 
-Okabe and Ito's colours, which colour-blind readers tell apart; dash, marker and name say the same in grey print. Whiskers reach
-from the lowest seed to the highest. A line's label is the variant's key, its gid the name that readers see.
+Okabe and Ito's colours, which colour-blind readers tell apart; dash, marker and name say the same in grey
+print. Whiskers reach from the lowest seed to the highest. A line's label is the variant's key, its gid the
+name that readers see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,29 +15,29 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     color: str
     dash: Any
     marker: str
 
 
-LOOKS = {
-    "causal": Look("#000000", "--", "o"),
-    "stablemask": Look("#0072B2", "-", "s"),
-    "stablemask-0.5": Look("#56B4E9", "-", "D"),
-    "pseudo-0": Look("#E69F00", "-.", "^"),
-    "pseudo-0.01": Look("#D55E00", "-.", "v"),
-    "token-fixed": Look("#009E73", (0, (5, 1)), "P"),
-    "token-learned": Look("#CC79A7", (0, (5, 1)), "X"),
-    "sink-learned": Look("#808080", (0, (2, 1)), "*"),
+LINE_STYLES = {
+    "causal": LineStyle("#000000", "--", "o"),
+    "stablemask": LineStyle("#0072B2", "-", "s"),
+    "stablemask-0.5": LineStyle("#56B4E9", "-", "D"),
+    "pseudo-0": LineStyle("#E69F00", "-.", "^"),
+    "pseudo-0.01": LineStyle("#D55E00", "-.", "v"),
+    "token-fixed": LineStyle("#009E73", (0, (5, 1)), "P"),
+    "token-learned": LineStyle("#CC79A7", (0, (5, 1)), "X"),
+    "sink-learned": LineStyle("#808080", (0, (2, 1)), "*"),
 }
-LEADING = ("causal", "stablemask")  # the two that are compared; the rivals are thinner
-TITLE, SMALL = 10, 9  # points; a README shows 10 inches as some 850 pixels
+LEADING = ("causal", "stablemask")  # the two that are compared; the other lines are thinner
+SMALL = 9  # points; a README shows 10 inches as some 850 pixels
 DIVERGED = " (diverged)"
 
 
-def look_of(name: str) -> Look:
-    return LOOKS.get(name, Look("#555555", ":", "d"))
+def style_of(name: str) -> LineStyle:
+    return LINE_STYLES.get(name, LineStyle("#555555", ":", "d"))
 
 
 def finite(values: Any) -> np.ndarray:
@@ -46,16 +47,15 @@ def finite(values: Any) -> np.ndarray:
 
 
 def draw_line(axes: Axes, name: str, shown: str, x: Sequence[float], y: Any) -> Line2D:
-    look, leads = look_of(name), name in LEADING
+    style, leads = style_of(name), name in LEADING
     (line,) = axes.plot(
-        x, finite(y), color=look.color, linestyle=look.dash, marker=look.marker, label=name, gid=shown,
+        x, finite(y), color=style.color, linestyle=style.dash, marker=style.marker, label=name, gid=shown,
         linewidth=2 if leads else 1.2, markersize=5 if leads else 4, zorder=3 if leads else 2,
     )  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
     return line
 
 
-def draw_whiskers(axes: Axes, line: Line2D, values: Sequence[Any]) -> None:
+def draw_whiskers(axes: Axes, line: Line2D, values: Iterable[Any]) -> None:
     """From the lowest to the highest of the seeds of each point of a line."""
     low, high = ([extreme(finite(v)) for v in values] for extreme in (np.min, np.max))
     axes.vlines(points(line)[:, 0], low, high, color=line.get_color(), linewidth=1, label=str(line.get_label()))
@@ -66,39 +66,37 @@ def points(line: Line2D) -> np.ndarray:
     return np.asarray(line.get_xydata(), dtype=float)
 
 
-def beside(x: Sequence[float], i: int, count: int) -> list[float]:
-    """x of the i-th of so many lines on a logarithmic axis, a little aside, so that their whiskers do not hide each other."""
+def dodge(x: Sequence[float], i: int, count: int) -> list[float]:
+    """x of the i-th of count lines, shifted a little on a logarithmic axis: no whiskers hide others."""
     return [value * 1.02 ** (i - (count - 1) / 2) for value in x]
 
 
-def name_ends(figure: Figure, panels: dict[Axes, list[Line2D]]) -> None:
-    """Each line's name to the right of where it ends, moved apart where names would meet, and joined to it by a hair.
+def label_line_ends(figure: Figure, panels: dict[Axes, list[Line2D]]) -> None:
+    """Each line's name to the right of its end, apart from other names, and joined to the end by a leader.
 
     To be called when all else is drawn.
     """
     figure.draw_without_rendering()  # settles the limits and sizes of the axes
     for axes, lines in panels.items():
-        within = axes.transData + axes.transAxes.inverted()
         ends = [_end(axes, line) for line in lines]
-        heights = within.transform(ends)[:, 1]
+        heights = (axes.transData + axes.transAxes.inverted()).transform(ends)[:, 1]
         gap = 1.3 * SMALL / 72 * figure.dpi / axes.get_window_extent().height
-        for i, height in zip(np.argsort(heights), apart(sorted(heights), gap), strict=True):
+        for i, height in zip(np.argsort(heights), spread_labels(sorted(heights), gap), strict=True):
             color = lines[i].get_color()
             shown = f"{lines[i].get_gid()}{'' if np.isfinite(points(lines[i])).all() else DIVERGED}"
-            hair = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
+            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
             axes.annotate(
-                shown, ends[i], (1.06, height), "data", "axes fraction", va="center", fontsize=SMALL, color=readable(color),
-                annotation_clip=False, arrowprops=hair,
+                shown, ends[i], (1.06, height), "data", "axes fraction", va="center", fontsize=SMALL, color=darkened(color),
+                annotation_clip=False, arrowprops=leader,
             )  # fmt: skip
 
 
-def name_beside(axes: Axes, lines: list[Line2D]) -> None:
+def legend_beside(axes: Axes, lines: list[Line2D]) -> None:
     """A legend to the right, in the order of the lines' first points: for lines that end as one."""
     ordered = sorted(lines, key=lambda line: -np.nan_to_num(points(line)[0, 1]))
-    colors = [readable(line.get_color()) for line in ordered]
     axes.legend(
         ordered, [str(line.get_gid()) for line in ordered], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
-        fontsize=SMALL, labelcolor=colors, handlelength=3,
+        fontsize=SMALL, labelcolor=[darkened(line.get_color()) for line in ordered], handlelength=3,
     )  # fmt: skip
 
 
@@ -108,8 +106,11 @@ def _end(axes: Axes, line: Line2D) -> np.ndarray:
     return drawn[-1] if len(drawn) else (axes.transAxes - axes.transData).transform((1, 1))
 
 
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising heights in [0, 1], moved as little as it takes to be gap apart: those that meet form a block around their middle."""
+def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights in [0, 1], moved as little as it takes to be gap apart.
+
+    Those that would meet form a block around their mean.
+    """
     blocks: list[tuple[float, int]] = []  # the mean of the heights, how many
     for height in heights:
         mean, count = height, 1
@@ -122,7 +123,7 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
     return [min(y, 1 - gap * (len(moved) - 1 - i)) for i, y in enumerate(moved)]
 
 
-def readable(color: Any) -> tuple[float, ...]:
+def darkened(color: Any) -> tuple[float, ...]:
     """A colour for small letters: a light one is darkened until it stands out from white."""
     rgb = np.array(to_rgb(color))
     luma = float(rgb @ (0.299, 0.587, 0.114))

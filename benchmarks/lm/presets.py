@@ -1,15 +1,17 @@
 """The sizes of benchmarks.lm: the paper's Tables 5 and 6, and a tiny one for a CPU.
 
-Table 5 does not say how it counts, and contradicts itself. One reading gives three of its four names: input and output embeddings
-of their own, attention as wide as the embedding (its row "Hidden Size (Attention)" is 1x, 2x, 2x, 2x of that, and is left out),
-and an FFN as large as two matrices of embedding x hidden size, which for SwiGLU is three of two thirds of it, as in LLaMA:
+Table 5 does not say how it counts, and contradicts itself. One reading gives three of its four names: input
+and output embeddings of their own, attention as wide as the embedding (its row "Hidden Size (Attention)" is
+1x, 2x, 2x, 2x of that, and is left out), and an FFN as large as two matrices of embedding x hidden size,
+which for SwiGLU is three of two thirds of it, as in LLaMA:
 
     71M    70.3 M parameters        160M   162 M        1.4B   1.41 B
 
-No reading of its 400M column (16 layers of width 1024, FFN 2048) comes to 400 M; this one gives 237 M (the paper's Table 1 calls
-the same model 430M). The column is kept as it is printed.
+No reading of its 400M column (16 layers of width 1024, FFN 2048) comes to 400 M; this one gives 237 M (the
+paper's Table 1 calls the same model 430M). The column is kept as it is printed.
 
-Table 6 goes by data set: 71M and 160M train as it says for WikiText-103, 400M as for MiniPile, 1.4B as for the Pile.
+Table 6 goes by data set: 71M and 160M train as it says for WikiText-103, 400M as for MiniPile, 1.4B as for
+the Pile.
 """
 
 from dataclasses import dataclass
@@ -68,7 +70,7 @@ READING = (
 
 
 def parameters(size: Size) -> int:
-    """Of a model without learned sinks; the separator and the artificial token have embeddings of their own."""
+    """Of a model without learned sinks; separator and artificial token have embeddings of their own."""
     embeddings = (2 * size.vocab + 2) * size.width
     swiglu = 2 * size.hidden // 3
     layer = 4 * size.width**2 + 3 * size.width * swiglu + 2 * size.width

@@ -1,13 +1,14 @@
-"""Text for the benchmarks that train: files become documents, documents become rows, rows become packed batches.
+"""Text to train on: files become documents, documents become rows, rows become packed batches.
 
-Each document is a separator and then its bytes (or the tokens of tokens.py); documents are laid one after another, and
-the line is cut into rows of N tokens, N being the training length that StableMask asks for:
+Each document is a separator and then its bytes (or the tokens of tokens.py); documents are laid one after
+another, and the line is cut into rows of N tokens, N being the training length that StableMask asks for:
 
     row 0       <sep> i m p o r t     the first N = 7 tokens of a document
     row 1       _ o s <sep> d e f     its last three bytes, and the next document
     positions   0 1 2 0     1 2 3     of row 1: they restart with each document and with each row
 
-A batch is a few rows, flattened. A document longer than a row continues in the next one as a piece by itself.
+A batch is a few rows, flattened. A document longer than a row continues in the next one as a document of its
+own.
 
 Shapes in names: R rows, L = N + 1 tokens of a row with the target of its last; T packed tokens of a batch.
 """
@@ -17,10 +18,12 @@ import math
 import platform
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BYTES, SEPARATOR = 256, 256  # of text that is read byte by byte
@@ -41,23 +44,23 @@ class Text(NamedTuple):
 def read_text(path: Path | None) -> Text:
     """The files under path (Python's standard library if None), each distinct one once, split by file.
 
-    Files are put in the order of their SHA-256, which is as good as random and the same on every machine, and the first
-    tenth is for validation. A single file is split at nine tenths of its length. What is not UTF-8 is skipped, and so is
-    what is hidden (.git).
+    Files are in the order of their SHA-256, which is as good as random and the same on every machine; the
+    first tenth is for validation. A single file is split at nine tenths of its length. Files that are hidden
+    (.git) or not UTF-8 are skipped.
     """
     root = Path(sysconfig.get_path("stdlib")) if path is None else path
     if not root.exists():
         raise ValueError(f"--text: no such file or folder: {root}")
-    files = (
-        [root] if root.is_file() else [f for f in sorted(root.rglob("*")) if f.is_file() and not _is_hidden(f.relative_to(root))]
-    )
-    if path is None:
-        files = [f for f in files if f.suffix == ".py" and NOT_LIBRARY.isdisjoint(f.relative_to(root).parts)]
     documents = {}
-    for file in files:
-        content = file.read_bytes()
-        if content and _is_utf8(content):
-            documents[hashlib.sha256(content).hexdigest()] = content
+    for file in [root] if root.is_file() else sorted(root.rglob("*")):
+        parts = file.relative_to(root).parts
+        skipped = any(part.startswith(".") for part in parts)
+        if path is None:
+            skipped = skipped or file.suffix != ".py" or not NOT_LIBRARY.isdisjoint(parts)
+        if file.is_file() and not skipped and (content := file.read_bytes()):
+            with suppress(UnicodeDecodeError):
+                content.decode()
+                documents[hashlib.sha256(content).hexdigest()] = content
     if not documents:
         raise ValueError(f"--text: nothing to read in {root}: give a file of UTF-8 text, or a folder of them")
     ordered = [documents[digest] for digest in sorted(documents)]
@@ -70,7 +73,7 @@ def read_text(path: Path | None) -> Text:
 
 
 def cut_rows(documents: list[bytes], length: int) -> Tensor:
-    """(R, N + 1) int16: rows of N bytes of the documents laid one after another, each with the byte that follows it."""
+    """(R, N + 1) int16: rows of N bytes of the documents in line, each with the byte that follows it."""
     # A separator has no byte of its own: hold a place for it, and name it once bytes have become integers.
     line = b"".join(b"\0" + document for document in documents)
     lengths = torch.tensor([1 + len(document) for document in documents])
@@ -84,16 +87,9 @@ def rows_of(line: Tensor, length: int) -> Tensor:
     return line.unfold(0, length + 1, length) if len(line) > length else line.new_empty(0, length + 1)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """Of the rows at most so many, evenly spread over them."""
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()] if len(rows) else rows
 
 
 class Packed(NamedTuple):
@@ -105,20 +101,18 @@ class Packed(NamedTuple):
 
 
 def pack(rows_RL: Tensor, device: torch.device, separator: int = SEPARATOR, lead: int | None = None) -> Packed:
-    """Rows flattened into one batch. A document starts at each separator and, as a piece by itself, at each row.
+    """Rows flattened into one batch. A document starts at each separator and at each row.
 
-    lead: a token that is put before each row, in the same piece as what the row begins with; it predicts nothing.
+    lead: a token that is put before each row, in the document that the row begins with; it predicts nothing.
     """
     rows_RL = rows_RL.to(device, torch.int64)
     starts_RT = rows_RL[:, :-1] == separator
-    starts_RT[:, 0] = True
-    if lead is not None:
-        rows_RL = torch.nn.functional.pad(rows_RL, (1, 0), value=lead)
-        starts_RT[:, 0] = False
-        starts_RT = torch.nn.functional.pad(starts_RT, (1, 0), value=True)
     targets_RT = rows_RL[:, 1:].masked_fill(rows_RL[:, 1:] == separator, IGNORED)
     if lead is not None:
-        targets_RT[:, 0] = IGNORED
+        starts_RT[:, 0] = False
+        rows_RL, starts_RT = F.pad(rows_RL, (1, 0), value=lead), F.pad(starts_RT, (1, 0))
+        targets_RT = F.pad(targets_RT, (1, 0), value=IGNORED)
+    starts_RT[:, 0] = True
     tokens_T, starts_T = rows_RL[:, :-1].flatten(), starts_RT.flatten()
     index_T = torch.arange(len(tokens_T), device=device)
     positions_T = index_T - torch.where(starts_T, index_T, 0).cummax(0).values
@@ -131,5 +125,4 @@ def batches(rows_RL: Tensor, per_batch: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows_RL), generator=generator)
-        for first in range(0, len(order) - per_batch + 1, per_batch):
-            yield rows_RL[order[first : first + per_batch]]
+        yield from (rows_RL[part] for part in order.split(per_batch) if len(part) == per_batch)

@@ -1,4 +1,4 @@
-"""Documents as tokens of a byte-level BPE, which is trained on the training text once and kept, as are the tokens.
+"""Documents as tokens of a byte-level BPE, trained once on the training text; both are kept on disk.
 
 Also the text of Hugging Face datasets (wikitext-103, minipile) as documents.
 """
@@ -18,7 +18,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.lm.text import Text, rows_of
+from benchmarks.lm.text import Text, evenly, rows_of
 
 CACHE = report.OUT / "cache"
 AT_A_TIME = 1000  # documents
@@ -32,7 +32,7 @@ DATASETS: dict[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens below vocab, and two that are no text: the separator before each document, and the artificial token."""
+    """Tokens below vocab, and two that are no text: the separator of documents, and the artificial token."""
 
     name: str
     vocab: int
@@ -52,14 +52,10 @@ class Corpus:
         return self.vocab + 1
 
     def long_texts(self, tokens: int, most: int) -> Tensor:
-        """(n, tokens + 1), n <= most: pieces of single validation documents, without separators, evenly chosen."""
-        bounds = torch.cat([(self.validation == self.separator).nonzero().flatten(), torch.tensor([len(self.validation)])])
-        pieces = [
-            rows_of(self.validation[first + 1 : end], tokens)
-            for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        ]
-        rows = torch.cat(pieces)
-        return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()] if len(rows) else rows
+        """(n, tokens + 1), n <= most: parts of single validation documents, evenly chosen."""
+        starts = (self.validation == self.separator).nonzero().flatten()
+        documents = self.validation.tensor_split(starts)[1:]
+        return evenly(torch.cat([rows_of(document[1:], tokens) for document in documents]), most)
 
 
 def tokenise(text: Text, vocab: int) -> Corpus:
@@ -71,7 +67,6 @@ def tokenise(text: Text, vocab: int) -> Corpus:
         digest.update(b"|")
     fingerprint = digest.hexdigest()[:16]
     tokenizer = _tokenizer(text, vocab, fingerprint)
-    size = tokenizer.get_vocab_size()
     cached = CACHE / f"{fingerprint}.pt"
     if not cached.exists():
         parts = [_line(tokenizer, part, vocab) for part in (text.training, text.validation)]
@@ -80,7 +75,7 @@ def tokenise(text: Text, vocab: int) -> Corpus:
     bytes_of = torch.zeros(vocab + 2, dtype=torch.int64)
     for token, index in tokenizer.get_vocab().items():
         bytes_of[index] = len(token)  # byte-level: one character of a token's name stands for one byte
-    assert size <= vocab
+    assert tokenizer.get_vocab_size() <= vocab
     documents = len(text.training), len(text.validation)
     text_bytes = sum(map(len, text.training)), sum(map(len, text.validation))
     return Corpus(text.name, vocab, training, validation, bytes_of, documents, text_bytes, fingerprint)
@@ -99,11 +94,10 @@ def _tokenizer(text: Text, vocab: int, fingerprint: str) -> tokenizers.Tokenizer
 
 
 def _line(tokenizer: tokenizers.Tokenizer, documents: list[bytes], separator: int) -> Tensor:
-    pieces = []
+    encoded = []
     for first in range(0, len(documents), AT_A_TIME):
-        for encoding in tokenizer.encode_batch([document.decode() for document in documents[first : first + AT_A_TIME]]):
-            pieces.append(torch.tensor([separator, *encoding.ids], dtype=torch.int32))
-    return torch.cat(pieces)
+        encoded += tokenizer.encode_batch([document.decode() for document in documents[first : first + AT_A_TIME]])
+    return torch.cat([torch.tensor([separator, *encoding.ids], dtype=torch.int32) for encoding in encoded])
 
 
 def replace_whole(path: Path, write) -> None:
@@ -115,7 +109,7 @@ def replace_whole(path: Path, write) -> None:
 
 
 def read_dataset(name: str) -> Text:
-    """A dataset of the Hugging Face hub, or a folder of parquet or text files that load_dataset takes, as documents."""
+    """A dataset of the Hugging Face hub as documents."""
     try:
         from datasets import load_dataset
     except ImportError:

@@ -1,8 +1,8 @@
-"""One piece of a run: a variant trained from one seed, in a folder of its own, with a checkpoint that it resumes from.
+"""A training run: a variant trained from one seed, in a folder of its own, resumed from its checkpoint.
 
-A piece is the same whatever happens to it: weights and batches follow from the seed, the checkpoint holds the rest (weights,
-optimizer, losses so far), and a piece killed at any step goes on from its last checkpoint with the losses that it would have
-had. (On a CPU with the same number of threads to the bit.)
+Weights and batches follow from the seed; the checkpoint holds the rest: weights, optimizer, losses so far. A
+run that is killed at any step goes on from its last checkpoint with the losses that it would have had (on a
+CPU, with the same number of threads, to the bit).
 """
 
 import itertools
@@ -10,28 +10,27 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.lm.model import Decoder
 from benchmarks.lm.presets import Size
-from benchmarks.lm.text import IGNORED, Packed, batches, pack, rows_of
+from benchmarks.lm.text import IGNORED, Packed, batches, evenly, pack, rows_of
 from benchmarks.lm.tokens import Corpus, replace_whole
 from benchmarks.lm.variants import Variant
 
 CHECKPOINT = "checkpoint.pt"
-# Called after every step: (piece, tokens a second).
-Watch = Callable[["Piece", float], None]
 
 
 @dataclass
-class Piece:
+class TrainingRun:
     """A variant and a seed, and what is known of them."""
 
     variant: Variant
@@ -41,8 +40,8 @@ class Piece:
     corpus: Corpus
     folder: Path
     device: torch.device
-    training: list[float] = field(default_factory=list)  # nats a token, each step
-    validation: list[tuple[int, float, float]] = field(default_factory=list)  # (steps done, nats a byte, nats a token)
+    training: list[float] = field(default_factory=list)  # nats per token, each step
+    validation: list[tuple[int, float, float]] = field(default_factory=list)  # (steps done, nats per byte, nats per token)
     seconds: list[float] = field(default_factory=list)  # each step
     peak_mib: float | None = None
     commit: str = ""
@@ -53,26 +52,35 @@ class Piece:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes this piece this piece and no other."""
-        size = asdict(self.size)
+        """What makes this run this run and no other."""
         return {
             "variant": self.variant.name, "seed": self.seed, "position": self.position, "text": self.corpus.name,
-            "tokens": self.corpus.fingerprint, **size,
+            "tokens": self.corpus.fingerprint, **asdict(self.size),
         }  # fmt: skip
 
     @property
     def lead(self) -> int | None:
         return self.corpus.artificial if self.variant.token else None
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the median step."""
+        return self.size.rows * self.size.length / statistics.median(self.seconds)
+
     def pack(self, rows_RL: Tensor) -> Packed:
         return pack(rows_RL, self.device, self.corpus.separator, self.lead)
+
+    def losses(self, model: Decoder, batch: Packed, **window: int) -> Tensor:
+        """(T,) nats of each target; in bfloat16 on a GPU, float32 on a CPU."""
+        with low_precision(self.device):
+            return model.losses(batch, **window)
 
     def new_model(self) -> Decoder:
         torch.manual_seed(self.seed)
         return Decoder(self.size, self.variant, self.position).to(self.device)
 
     def load(self) -> dict[str, Any] | None:
-        """The checkpoint, if there is one, and what it says of the training so far; ValueError if it is of another piece."""
+        """Takes over the checkpoint, if there is one, and returns it; ValueError if it is another run's."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
@@ -101,10 +109,6 @@ class Piece:
         replace_whole(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def rows_for(corpus: Corpus, size: Size) -> tuple[Tensor, Tensor]:
     """Rows of the training text, and validation_rows of the other, evenly spread over it."""
     training_RL, validation_RL = rows_of(corpus.training, size.length), rows_of(corpus.validation, size.length)
@@ -113,8 +117,7 @@ def rows_for(corpus: Corpus, size: Size) -> tuple[Tensor, Tensor]:
             f"--text: {corpus.name} is too short: a batch takes {size.rows} rows of {size.length} tokens to train on and 1 to "
             f"validate on, got {len(training_RL)} and {len(validation_RL)}"
         )
-    chosen = torch.linspace(0, len(validation_RL) - 1, min(size.validation_rows, len(validation_RL))).long()
-    return training_RL, validation_RL[chosen]
+    return training_RL, evenly(validation_RL, size.validation_rows)
 
 
 def learning_rate(step: int, size: Size) -> float:
@@ -138,46 +141,59 @@ def new_optimizer(model: nn.Module, size: Size) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, size.beta_2), eps=1e-8, fused=True)
 
 
-def train(piece: Piece, watch: Watch) -> None:
-    """Train what is left to train, and leave a checkpoint at each validation."""
-    size = piece.size
-    training_RL, held_out_RL = rows_for(piece.corpus, size)
-    saved = piece.load()
-    if piece.done:
+def train_all(runs: Sequence[TrainingRun]) -> None:
+    total, done = sum(run.size.steps for run in runs), sum(len(run.training) for run in runs)
+    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.02) as bar:
+
+        def watch(run: TrainingRun) -> None:
+            speed = run.size.rows * run.size.length / run.seconds[-1]
+            loss = statistics.fmean(run.training[-20:])
+            bar.set_postfix_str(f"{run.folder.name} {loss:.3f} nats/token, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+
+        for run in runs:
+            train(run, watch)
+
+
+def train(run: TrainingRun, watch: Callable[[TrainingRun], None] = lambda run: None) -> None:
+    """Trains what is left to train, with a checkpoint at each validation; watch is called after each step."""
+    size = run.size
+    training_RL, held_out_RL = rows_for(run.corpus, size)
+    saved = run.load()
+    if run.done:
         return
-    model = piece.new_model()
+    model = run.new_model()
     optimizer = new_optimizer(model, size)
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    piece.commit = piece.commit or report.commit()
+    run.commit = run.commit or report.commit()
     every = max(1, size.steps // size.validations)
-    source = itertools.islice(batches(training_RL, size.rows, piece.seed), len(piece.training), None)
-    reset_peak(piece.device)
-    for step in range(len(piece.training), size.steps):
+    source = itertools.islice(batches(training_RL, size.rows, run.seed), len(run.training), None)
+    reset_peak(run.device)
+    for step in range(len(run.training), size.steps):
         start = time.perf_counter()
         for attention in model.attentions:
             attention.mass.progress = step / size.steps
-        piece.training.append(one_step(piece, model, optimizer, next(source), learning_rate(step, size)))
-        piece.seconds.append(time.perf_counter() - start)  # the loss was read, which waits for the GPU
-        watch(piece, size.rows * size.length / piece.seconds[-1])
+        run.training.append(one_step(run, model, optimizer, next(source), learning_rate(step, size)))
+        run.seconds.append(time.perf_counter() - start)  # the loss was read, which waits for the GPU
+        watch(run)
         if (step + 1) % every == 0 or step + 1 == size.steps:
-            piece.validation.append((step + 1, *validate(piece, model, held_out_RL)))
-            known = [x for x in (piece.peak_mib, peak_mib(piece.device)) if x is not None]  # before a kill, and since
-            piece.peak_mib = max(known, default=None)
-            piece.save(model, optimizer)
+            run.validation.append((step + 1, *validate(run, model, held_out_RL)))
+            known = [x for x in (run.peak_mib, peak_mib(run.device)) if x is not None]  # before a kill, and since
+            run.peak_mib = max(known, default=None)
+            run.save(model, optimizer)
 
 
-def one_step(piece: Piece, model: Decoder, optimizer: torch.optim.Optimizer, rows_RL: Tensor, lr: float) -> float:
-    """A step of the optimizer, and the loss before it (nats a token)."""
+def one_step(run: TrainingRun, model: Decoder, optimizer: torch.optim.Optimizer, rows_RL: Tensor, lr: float) -> float:
+    """A step of the optimizer, and the loss before it (nats per token)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    parts = [piece.pack(part) for part in rows_RL.split(piece.size.at_once)]
+    parts = [run.pack(part) for part in rows_RL.split(run.size.at_once)]
     count = sum(int((part.targets_T != IGNORED).sum()) for part in parts)
-    total = torch.zeros((), device=piece.device)
+    total = torch.zeros((), device=run.device)
     for part in parts:
-        with low_precision(piece.device):
-            loss = model.losses(part).sum() / count
+        loss = run.losses(model, part).sum() / count
         loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -187,22 +203,16 @@ def one_step(piece: Piece, model: Decoder, optimizer: torch.optim.Optimizer, row
 
 
 @torch.no_grad()
-def validate(piece: Piece, model: Decoder, held_out_RL: Tensor) -> tuple[float, float]:
-    """Nats a byte and nats a token."""
+def validate(run: TrainingRun, model: Decoder, held_out_RL: Tensor) -> tuple[float, float]:
+    """Nats per byte and nats per token."""
     nats = tokens = text = 0.0
-    for rows_RL in held_out_RL.split(min(16, piece.size.at_once * 4)):
-        batch = piece.pack(rows_RL)
-        with low_precision(piece.device):
-            nats += model.losses(batch).double().sum().item()
+    for rows_RL in held_out_RL.split(min(16, run.size.at_once * 4)):
+        batch = run.pack(rows_RL)
+        nats += run.losses(model, batch).double().sum().item()
         seen = batch.targets_T[batch.targets_T != IGNORED].cpu()
         tokens += len(seen)
-        text += piece.corpus.bytes_of[seen].sum().item()
+        text += run.corpus.bytes_of[seen].sum().item()
     return nats / text, nats / tokens
-
-
-def median_speed(piece: Piece) -> float:
-    """Tokens a second of the median step."""
-    return piece.size.rows * piece.size.length / statistics.median(piece.seconds)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -213,7 +223,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """Most memory since reset_peak: the GPU's as PyTorch counts it, on Linux the whole process's; else not known."""
+    """Most memory since reset_peak: the GPU's by PyTorch's count, on Linux the process's; else not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

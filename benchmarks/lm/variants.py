@@ -1,7 +1,7 @@
 """What benchmarks.lm compares: plain causal attention, StableMask, the paper's Table 3, and gpt-oss's sinks.
 
-All are one call of sm_flex with another log M, but the learned artificial token, which is plain causal attention over a text that
-has a token more at the start of each piece (lm_text.pack puts it there).
+All are one call of sm_flex with another log M, but for the learned artificial token: that is plain causal
+attention over rows that have one more token at their start (text.pack puts it there).
 """
 
 import math
@@ -20,9 +20,9 @@ class Variant:
     label: str
     gamma: float | str = math.inf  # or "headwise"
     constant: float | None = None  # of every pseudo score
-    sink: float | None = None  # one more pseudo score a row
-    learned_sink: bool = False  # one a head, which starts at 0
-    token: bool = False  # a learned token before every piece of text
+    sink: float | None = None  # one more pseudo score per row
+    learned_sink: bool = False  # one per head, which starts at 0
+    token: bool = False  # a learned token before every row
     kept: tuple[int, ...] = (0,)  # first tokens that window attention keeps, when texts get longer
     rescaled: bool = False  # out of attention, divided by the share that the row has where all scores are 0
     faded: bool = False  # the mass grows from e^-FADE of itself to itself over the first half of the training
@@ -55,16 +55,15 @@ def named(name: str) -> Variant:
         gamma = float(name.removeprefix("stablemask-"))
         stablemask(gamma)
     except ValueError:
-        raise ValueError(
-            f"--variants: no such variant: {name}; there are {', '.join(v.name for v in ALL)}, stablemask-GAMMA, all"
-        ) from None
+        known = ", ".join(v.name for v in ALL)
+        raise ValueError(f"--variants: no such variant: {name}; there are {known}, stablemask-GAMMA, all") from None
     if not name.startswith("stablemask-"):
         raise ValueError(f"--variants: no such variant: {name}; did you mean stablemask-{name}?")
     return Variant(name, f"StableMask, gamma = {gamma:g}", gamma=gamma)
 
 
 class Mass(nn.Module):
-    """The variant's StableMask for tokens at given positions. Each layer has its own, and so its own learned sinks."""
+    """The variant's StableMask at given positions. Each layer has one, with its own learned sinks."""
 
     gamma: Tensor
     sink: Tensor | None
@@ -79,7 +78,7 @@ class Mass(nn.Module):
         self.progress = 1.0  # part of the training that is done
 
     def forward(self, positions: Tensor, score_mod: ScoreMod | None = None) -> StableMask:
-        """positions: (S,) or (B, S), of each query in its own piece of text."""
+        """positions: (S,) or (B, S), of each query in its own document."""
         sink = self.sink if self.sinks is None else self.sinks
         if self.variant.constant is not None:
             sink = log_mass(0.0, positions, self.length) + self.variant.constant
@@ -89,7 +88,7 @@ class Mass(nn.Module):
         return stablemask(self.gamma, length=self.length, positions=positions, score_mod=score_mod, sink=sink)
 
     def share_at_scores_0(self, positions: Tensor) -> Tensor:
-        """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real while a model has learned nothing."""
+        """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real if all scores are 0."""
         seen = (positions + 1).log()
         rows = positions.shape[-1]
         log_m = self(positions).mass(positions.device, rows, rows, torch.float32).table(rows, torch.float32)

@@ -1,39 +1,35 @@
-"""Where am I? A small decoder learns the paper's absolute-position tasks (Appendix B.2), with and without StableMask.
+"""Where am I? A small decoder learns the paper's absolute-position tasks (Appendix B.2).
 
-    python -m benchmarks.positions                                    # RoPE against RoPE with StableMask, two minutes
+    python -m benchmarks.positions                       # RoPE against RoPE with StableMask, two minutes
     python -m benchmarks.positions --rows rope t5 rope+urpe --tasks 1 --seq-len 128 --seeds 3
 
-Task 1: all tokens are equal, output the position. Task 2: one marked token at a random place, output its position there and
-"nothing" elsewhere. Task 3: all tokens are equal, output odd or even.
+Task 1: all tokens are equal, output the position. Task 2: one marked token at a random place, output its
+position there and "nothing" elsewhere. Task 3: all tokens are equal, output odd or even.
 
-Accuracy counts every position for tasks 1 and 3 and the marked position alone for task 2 (elsewhere "nothing" is right without
-knowing anything), on sequences drawn anew. Chance is the best that a constant answer gets. Two facts about these tasks: tasks
-1 and 3 have one sequence only, so a batch of it has the gradient of a single one, and one is what a step takes; and task 2 has
-as many sequences as positions, so fresh draws test whether the answer was learned, not whether it generalises.
+Accuracy counts every position for tasks 1 and 3, and the marked one alone for task 2, on sequences drawn
+anew. Chance is the accuracy of the best constant answer. Tasks 1 and 3 have a single sequence, so a step
+takes one. Task 2 has as many sequences as positions: fresh draws test whether the answer was learned, not
+whether it generalises.
 
-Every row is trained by the same recipe; seeds draw the weights and the markers. Runs on the CPU, in one thread, since tensors
-this small gain nothing from a second.
+Every row is trained by the same recipe; seeds draw the weights and the markers. Runs on the CPU in one
+thread: tensors this small gain nothing from a second.
 """
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import plot, report
 from benchmarks.positions.model import ROWS, Decoder, Row, Size
 
 TASKS = {1: "output the position", 2: "output the marked position", 3: "output odd or even"}
@@ -70,7 +66,7 @@ def chance(task: int, length: int) -> float:
 def train(
     row: Row, task: int, length: int, *, steps: int, seed: int, dtype: torch.dtype, bar: tqdm, size: Size | None = None
 ) -> tuple[Decoder, list[float]]:
-    """A trained decoder and its accuracy at each of the length positions (for task 2: where the marker stood there)."""
+    """A trained decoder and its accuracy at each position (for task 2: where the marker stood there)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(row, size or Size(), length, num_classes(task, length))
@@ -96,7 +92,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: int, length: int, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
-    """Of each position, over fresh sequences: for task 2 enough of them that every position has been marked."""
+    """Of each position, over fresh sequences: for task 2 so many that every position has been marked."""
     batch = examples(task, length, max(EVALUATED, 16 * length), generator)
     right, count = torch.zeros(length), torch.zeros(length)
     for part in zip(*(x.split(EVALUATED) for x in batch), strict=True):
@@ -129,105 +125,60 @@ Accuracies = dict[str, dict[int, list[float]]]  # row, task, seed
 def measure(rows: list[str], tasks: list[int], length: int, steps: int, seeds: int, dtype: torch.dtype) -> Accuracies:
     results: Accuracies = {name: {task: [] for task in tasks} for name in rows}
     with tqdm(total=len(rows) * len(tasks) * seeds * steps, unit="step", dynamic_ncols=True) as bar, one_thread():
-        for seed in range(seeds):
-            for name in rows:
-                for task in tasks:
-                    bar.set_postfix_str(f"{name}, task {task}, seed {seed}")
-                    _, by_position = train(ROWS[name], task, length, steps=steps, seed=seed, dtype=dtype, bar=bar)
-                    results[name][task].append(statistics.fmean(by_position))
+        for seed, name, task in product(range(seeds), rows, tasks):
+            bar.set_postfix_str(f"{name}, task {task}, seed {seed}")
+            _, by_position = train(ROWS[name], task, length, steps=steps, seed=seed, dtype=dtype, bar=bar)
+            results[name][task].append(statistics.fmean(by_position))
     return results
-
-
-def spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def table(results: Accuracies, length: int) -> str:
     tasks = list(next(iter(results.values())))
-    rows = [(name, *(spread(by_task[task]) for task in tasks)) for name, by_task in results.items()]
+    rows = [(name, *(report.mean_and_range(by_task[task], ".3f") for task in tasks)) for name, by_task in results.items()]
     constant = ("*chance*", *(f"*{chance(task, length):.3f}*" for task in tasks))
     return report.markdown_table(("row", *(f"task {task}: {TASKS[task]}" for task in tasks)), [*rows, constant])
 
 
-def draw(results: Accuracies, length: int, path: Path) -> None:
+def draw(results: Accuracies, length: int) -> Figure:
     names, tasks = list(results), list(next(iter(results.values())))
-    figure = Figure(figsize=(2.2 + 2.4 * len(tasks), 1.3 + 0.3 * len(names)), layout="constrained")
+    figure = plot.figure(2.2 + 2.4 * len(tasks), 1.3 + 0.3 * len(names))
+    colors = ["tab:blue" if "stablemask" in name else "tab:gray" for name in names]
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
-        values = [results[name][task] for name in names]
-        means = [statistics.fmean(v) for v in values]
-        error = [
-            [m - min(v) for m, v in zip(means, values, strict=True)],
-            [max(v) - m for m, v in zip(means, values, strict=True)],
-        ]
-        colors = ["tab:blue" if "stablemask" in name else "tab:gray" for name in names]
-        axes.barh(names, means, xerr=error, color=colors, ecolor="black", height=0.7)
+        values = np.array([results[name][task] for name in names])
+        mean = values.mean(1)
+        axes.barh(names, mean, xerr=[mean - values.min(1), values.max(1) - mean], color=colors, height=0.7)
         axes.axvline(chance(task, length), color="tab:red", linestyle="--", linewidth=1)
-        axes.set(xlim=(0, 1.02), xlabel="accuracy")
-        axes.set_title(f"({task}) {TASKS[task]}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlim=(0, 1.02), xlabel="accuracy", title=f"({task}) {TASKS[task]}")
         axes.invert_yaxis()
-    figure.suptitle(f"sequence length {length}; dashed: chance; whiskers: lowest and highest seed", fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def one_of(names: dict[Any, Any], read: type) -> Any:
-    """An argparse type: one or several known names, apart by commas."""
-
-    def parse(text: str) -> list[Any]:
-        parts = [part for part in text.split(",") if part]
-        unknown = [part for part in parts if part not in {str(name) for name in names}]
-        if unknown or not parts:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown) or 'nothing'}; known are {', '.join(map(str, names))}"
-            )
-        return [read(part) for part in parts]
-
-    return parse
+    figure.suptitle(f"sequence length {length}; dashed: chance; whiskers: lowest and highest seed")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = report.Parser(prog="python -m benchmarks.positions", description="The absolute-position tasks of Appendix B.2.")
-    parser.add_argument("--tasks", type=one_of(TASKS, int), nargs="+", default=[list(TASKS)], help="of 1 2 3 (default: all)")
-    parser.add_argument("--rows", type=one_of(ROWS, str), nargs="+", default=[list(DEFAULT_ROWS)], help=f"of {' '.join(ROWS)}")
-    parser.add_argument("--seq-len", type=int, default=64, help="S and the training length N (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of each training (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 (default %(default)s)")
+    parser = report.Parser("positions", "The absolute-position tasks of Appendix B.2.")
+    parser.add_argument("--tasks", type=int, choices=TASKS, nargs="+", default=list(TASKS), help="(default: all)")
+    parser.add_argument("--rows", choices=ROWS, nargs="+", default=DEFAULT_ROWS, help="(default %(default)s)")
+    parser.number("--seq-len", 64, "S and the training length N", least=2)
+    parser.number("--steps", 1000, "of each training", least=0)
+    parser.number("--seeds", 1, "how many, from 0")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the attention and the matmuls")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        for option, value, least in (("--seq-len", args.seq_len, 2), ("--steps", args.steps, 0), ("--seeds", args.seeds, 1)):
-            report.at_least(option, value, least)
-        stem = report.result_stem(report.out_folder(args.out), f"positions-{args.seq_len}-{args.dtype}", torch.device("cpu"))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    tasks, rows = (list(dict.fromkeys(chain.from_iterable(lists))) for lists in (args.tasks, args.rows))
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.positions", *argv]), torch.device("cpu"))
+    args = parser.parse(argv)
+    length, tasks, rows = args.seq_len, list(dict.fromkeys(args.tasks)), list(dict.fromkeys(args.rows))
+    with parser.refusing():
+        result = report.Result(parser, args.out, f"positions-{length}-{args.dtype}", torch.device("cpu"))
     start = time.perf_counter()
-    results = measure(rows, tasks, args.seq_len, args.steps, args.seeds, getattr(torch, args.dtype))
+    by_seed = measure(rows, tasks, length, args.steps, args.seeds, getattr(torch, args.dtype))
     minutes = (time.perf_counter() - start) / 60
     record = {
-        "benchmark": "positions",
-        "rows": {name: {str(task): statistics.fmean(v) for task, v in by_task.items()} for name, by_task in results.items()},
-        "chance": {str(task): chance(task, args.seq_len) for task in tasks},
-        "seq_len": args.seq_len,
-        "steps": args.steps,
-        "seeds": args.seeds,
-        "dtype": args.dtype,
-        "by_seed": {name: {str(task): v for task, v in by_task.items()} for name, by_task in results.items()},
-    }
-    print(table(results, args.seq_len))
-    draw(results, args.seq_len, stem.with_name(stem.name + ".png"))
+        "rows": {name: {task: statistics.fmean(v) for task, v in by_task.items()} for name, by_task in by_seed.items()},
+        "chance": {task: chance(task, length) for task in tasks},
+        "seq_len": length, "steps": args.steps, "seeds": args.seeds, "dtype": args.dtype, "by_seed": by_seed,
+    }  # fmt: skip
     size = Size()
     notes = (
-        f"![accuracies]({stem.name}.png)\n\nMean over {args.seeds} seed(s), and the range. "
-        f"{size.layers} layers, width {size.width}, {size.heads} heads; {args.steps} steps of AdamW, peak rate {PEAK_LR}, "
-        f"{TOKENS_PER_STEP} tokens a step for task 2; {minutes:.1f} minutes. "
+        f"Mean over {args.seeds} seed(s), and the range. {size.layers} layers, width {size.width}, {size.heads} heads; "
+        f"{args.steps} steps of AdamW, peak rate {PEAK_LR}, {TOKENS_PER_STEP} tokens per step for task 2; {minutes:.1f} minutes. "
         "Tasks 1 and 3 count every position, task 2 the marked one."
     )
-    title = f"Absolute-position tasks (Appendix B.2), sequence length {args.seq_len}, {args.dtype}"
-    report.write(stem, title, source, table(results, args.seq_len), notes, record)
-    print(f"wrote {stem}.png, .md and .json")
-    print(json.dumps(record))
+    title = f"Absolute-position tasks (Appendix B.2), sequence length {length}, {args.dtype}"
+    result.publish(title, table(by_seed, length), notes, record, {"": draw(by_seed, length)})

@@ -1,6 +1,7 @@
 """The small decoder of the absolute-position tasks, and the position encodings that it is tried with.
 
-A row of the paper's Table 4 is an encoding and a mass: what tells the model where it is. Everything else is the same for all.
+A row of the paper's Table 4 is an encoding and a gamma: what tells the model where it is. All else is the
+same.
 
 Dimension letters: B sequences, H heads, S positions, D head dim, W width, C classes.
 """
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.lm.model import rotate
 from sm_flex import headwise_gamma, scaled_dot_product_attention, stablemask
 
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
@@ -26,16 +28,13 @@ class Size:
 
 
 class Row(NamedTuple):
-    """encoding: learned, sinusoidal, alibi, t5, rope or urpe; gamma: math.inf (plain causal), a number, or headwise."""
+    """encoding: learned, sinusoidal, alibi, t5, rope or urpe; gamma: inf (causal), a number, or headwise."""
 
     encoding: str
     gamma: float | str = math.inf
 
-    def rates(self, heads: int) -> float | Tensor:
-        return headwise_gamma(heads) if isinstance(self.gamma, str) else self.gamma
 
-
-# Table 4, then what this project is about, then URPE (eq. 6) on top of RoPE, the rival with parameters.
+# Table 4, then what this project is about, then URPE (eq. 6) on top of RoPE, the baseline with parameters.
 ROWS = {
     "learned": Row("learned"),
     "sinusoidal": Row("sinusoidal"),
@@ -57,14 +56,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(size.width, 3 * size.width)
         self.out = nn.Linear(size.width, size.width)
         # gamma = inf leaves no mass: every row of the table goes through this one call.
-        self.mask = stablemask(row.rates(size.heads), length=length)
+        gamma = headwise_gamma(size.heads) if isinstance(row.gamma, str) else row.gamma
+        self.mask = stablemask(gamma, length=length)
         if row.encoding == "urpe":
             self.toeplitz_HS = nn.Parameter(torch.ones(size.heads, length))
 
     def heads_of(self, x_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHSD, k_BHSD, v_BHSD = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.encoding in ("rope", "urpe"):
-            q_BHSD, k_BHSD = rotate(q_BHSD), rotate(k_BHSD)
+            turns = angles(x_BSW.shape[1], q_BHSD.shape[-1])
+            q_BHSD, k_BHSD = (rotate(x, (turns.cos(), turns.sin())) for x in (q_BHSD, k_BHSD))
         return q_BHSD, k_BHSD, v_BHSD
 
     def forward(self, x_BSW: Tensor, bias_HSS: Tensor | None) -> Tensor:
@@ -129,23 +130,18 @@ class Decoder(nn.Module):
         return None
 
 
-def rotate(x_BHSD: Tensor) -> Tensor:
-    """RoPE (Su et al. 2021) at positions 0..S-1."""
-    length, dim = x_BHSD.shape[-2:]
-    angles = torch.arange(length)[:, None] * 10000.0 ** -(torch.arange(dim // 2) / (dim // 2))
-    a, b = x_BHSD.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x_BHSD)
+def angles(length: int, width: int) -> Tensor:
+    """(S, W/2), of RoPE (Su et al. 2021) and of Vaswani et al. 2017, section 3.5."""
+    return torch.arange(length)[:, None] * 10000.0 ** -(torch.arange(width // 2) / (width // 2))
 
 
 def sinusoidal(length: int, width: int) -> Tensor:
-    """(S, W), Vaswani et al. 2017, section 3.5."""
-    angles = torch.arange(length)[:, None] * 10000.0 ** -(torch.arange(width // 2) / (width // 2))
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    """(S, W)."""
+    return torch.stack([angles(length, width).sin(), angles(length, width).cos()], dim=-1).flatten(1)
 
 
 def t5_bucket(distance: Tensor) -> Tensor:
-    """The bucket of a distance >= 0 (Raffel et al. 2020): one a token up to half of them, logarithmic up to 128, then one."""
+    """The bucket of a distance >= 0 (Raffel et al. 2020): half are a token wide, the rest logarithmic to 128."""
     exact = T5_BUCKETS // 2
     ratio = (distance.clamp(min=1) / exact).log() / math.log(T5_MAX_DISTANCE / exact)
     far = exact + (ratio * (T5_BUCKETS - exact)).long()
@@ -153,7 +149,7 @@ def t5_bucket(distance: Tensor) -> Tensor:
 
 
 def urpe(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, toeplitz_HS: Tensor) -> Tensor:
-    """(softmax(A) o T) V, T[i, j] = t[i - j] (eq. 6; Luo et al. 2022), causal, t learned and 1 at the start."""
+    """(softmax(A) o T) V, T[i, j] = t[i - j] (eq. 6; Luo et al. 2022), causal; t is learned, 1 at first."""
     length, dim = q_BHSD.shape[-2:]
     distance_SS = torch.arange(length)[:, None] - torch.arange(length)
     scores_BHSS = (q_BHSD @ k_BHSD.mT / math.sqrt(dim)).masked_fill(distance_SS < 0, -math.inf)

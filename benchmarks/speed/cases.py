@@ -1,4 +1,4 @@
-"""What benchmarks.speed measures: the cases of a GPU and of a CPU, the most important first. No device is needed to list them."""
+"""What benchmarks.speed measures: the cases of a GPU and of a CPU, the most important first."""
 
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ DENSE_UP_TO = 4096
 # Engines: a pair (plain attention, StableMask on it) each, but for the last four, which have a partner among these.
 PAIRS = ("flash", "cudnn", "cpu", "cpu compiled", "varlen", "flex", "flex FLASH")
 OURS_ALONE = ("auto", "auto compiled")
-RIVALS = ("titan", "dense")
+BASELINES = ("titan", "dense")
 # What sm_flex.flex_attention calls the same engine: kernel_options={"BACKEND": ...}.
 BACKEND_OF = {
     "flash": "FLASH_ATTENTION",
@@ -34,8 +34,9 @@ FLASH_IMPLS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 class Case(NamedTuple):
     """One comparison: its variants take turns on the same inputs.
 
-    group is attention, memory (one pass, nothing timed), epilogue, decode or first call. length is S, for packed documents their
-    mean; batch * length tokens. impl is what replaces PyTorch's own flash kernel (FA3, FA4), engines what is compared.
+    group is attention, memory (one pass, nothing timed), epilogue, decode or first call. length is S, for
+    packed documents their mean; there are batch * length tokens. impl replaces PyTorch's own flash kernel
+    (FA3, FA4).
     """
 
     group: str
@@ -64,7 +65,7 @@ def plan(device: torch.device) -> list[Case]:
 
 
 def flex_engines() -> tuple[str, ...]:
-    """torch's flex on Triton, and on FLASH where it runs and is right: never before torch 2.14 (its lse was off by ln 2)."""
+    """torch's flex on Triton, and on FLASH where it is right: before torch 2.14 its lse is off by ln 2."""
     return ("flex", "flex FLASH") if not BEFORE_2_14 and _importable("flash_attn.cute") else ("flex",)
 
 
@@ -158,7 +159,7 @@ def pairs(case: Case) -> float:
 
 
 def flops(case: Case, mode: str) -> float:
-    """4 D for each visible pair and head forward (two products, a multiply and an add), 2.5 times that backward."""
+    """Forward 4 D per visible pair and head (two products, multiply and add), backward 2.5 times that."""
     forward = 4 * case.head_dim * case.heads * pairs(case)
     return forward * {"forward": 1, "backward": 2.5, "forward+backward": 3.5}[mode]
 

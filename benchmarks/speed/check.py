@@ -1,7 +1,8 @@
 """Is what benchmarks.speed times StableMask? Slices of each variant's output and gradients against eq. 11.
 
-The first and the last rows of the first and the last key head, where eq. 11 needs few queries: the first ROWS rows see only one
-another, and of the last ROWS keys only the last ROWS queries know, so their dk and dv are whole as well.
+The first and the last rows of the first and the last key head, where eq. 11 needs few queries: the first ROWS
+rows see only one another, and of the last ROWS keys only the last ROWS queries know, so their dk and dv are
+whole as well.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.speed.cases import WINDOW
 from benchmarks.speed.timing import Inputs
-from benchmarks.speed.variants import Setting, Variant
+from benchmarks.speed.variants import Setup, Variant
 from sm_flex.testing import oracle
 
 ROWS = 48
@@ -17,8 +18,8 @@ ROWS = 48
 TOLERANCE = {"bf16": 0.04, "fp32": 1e-3}
 
 
-def error_of(variant: Variant, at: Setting, inputs: Inputs) -> float:
-    """The largest difference from eq. 11 in float64, in out, dq, dk and dv, each relative to the largest value of its slice.
+def error_of(variant: Variant, at: Setup, inputs: Inputs) -> float:
+    """The largest difference from eq. 11 in float64 in out, dq, dk, dv, over the largest value of its slice.
 
     Raises ValueError beyond TOLERANCE: a wrong kernel's time is worth nothing.
     """
@@ -51,7 +52,7 @@ def error_of(variant: Variant, at: Setting, inputs: Inputs) -> float:
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, at: Setting, gamma: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, at: Setup, gamma: Tensor,
     heads: slice, kv: slice, rows: slice, keys: slice,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     exact = [x.detach().double().requires_grad_() for x in (q[-1:, heads, rows], k[-1:, kv, keys], v[-1:, kv, keys])]

@@ -1,20 +1,18 @@
-"""StableMask against plain causal attention on the same engine, and against its rivals, in one run.
+"""StableMask against plain causal attention on the same engine, and against other baselines, in one run.
 
     python -m benchmarks.speed                  # on a GPU if there is one; --minutes 9
 
-Forward, backward and both, bf16 (on a CPU fp32 too): plain causal, window, packed documents and ALiBi; head dims, head counts
-and lengths at a constant number of tokens; every engine at hand, torchtitan's way and the paper's formula. The figure to look at
-is the ratio of StableMask to the plain call of the same engine. Each variant is held against eq. 11 first. Results are
-written after every case, so that a run that is cut off leaves what it has; a variant that fails is a row with its error. When
-the time runs out repetitions go first, then the last of the cases (cases.py lists them by importance); both are said.
+Forward, backward and both, bf16 (on a CPU fp32 too): plain causal, window, packed documents and ALiBi; head
+dims, head counts and lengths at a constant number of tokens; every engine at hand, torchtitan's way and the
+paper's formula. The figure to look at is the ratio of StableMask to the plain call of the same engine. Each
+variant is held against eq. 11 first. Results are written after every case, so that a run that is cut off
+leaves what it has. A variant that fails is a row with its error. When the time runs out, repetitions are cut
+first, then the last of the cases (cases.py lists them by importance); the result names both.
 """
 
 import gc
 import json
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,23 +20,13 @@ from torch.nn import attention as torch_attention
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.speed import report as speed_report
 from benchmarks.speed.cases import DTYPES, Case, flops, plan
 from benchmarks.speed.check import error_of
 from benchmarks.speed.parts import decode_rows, epilogue_rows, first_call_rows
-from benchmarks.speed.timing import (
-    MODES,
-    copy_bandwidth,
-    input_sets,
-    one_line,
-    ratio,
-    rounds,
-    spread,
-    synchronize,
-    train,
-    training_peak,
-)
-from benchmarks.speed.variants import AUTO, PLAIN, RIVAL, STABLEMASK, Variant, setting, variants
+from benchmarks.speed.report import targets_table, write
+from benchmarks.speed.targets import judge
+from benchmarks.speed.timing import MODES, copy_bandwidth, input_sets, one_line, ratio, rounds, train, training_peak
+from benchmarks.speed.variants import AUTO, BASELINE, PLAIN, STABLEMASK, Variant, setup, variants
 
 Row = dict[str, Any]
 GROUPS = ("attention", "memory", "epilogue", "decode", "first call")
@@ -49,7 +37,7 @@ FIRST_GUESS = {"cuda": 15.0, "cpu": 2.0}
 
 
 class Budget:
-    """Seconds of repetitions for the next case, so that all that are left fit; None where this one does not."""
+    """Seconds of repetitions per case, so that all that are left fit; None where the next one does not."""
 
     def __init__(self, minutes: float, device: torch.device) -> None:
         self.end = time.perf_counter() + 60 * minutes
@@ -96,46 +84,47 @@ def measure(case: Case, device: torch.device, seconds: float, copy_gbps: float) 
 
 
 def attention_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
-    at = setting(case, device)
+    at = setup(case, device)
     batch, length = (1, case.batch * case.length) if case.kind == "packed" else (case.batch, case.length)
     sets = input_sets(batch, length, (case.heads, case.kv_heads), case.head_dim, DTYPES[case.dtype], device)
-    made = variants(at)
+    made, timed = variants(at), case.group != "memory"
     rows: dict[str, Row] = {
         name: {"variant": name, "engine": v.engine, "role": v.role, "gamma": v.gamma} for name, v in made.items()
     }
     for name, variant in made.items():
         try:
             # The first run compiles, and says whether it is right; the second is warm.
-            if variant.gamma and case.group != "memory":
+            if timed and variant.gamma:
                 rows[name]["check"] = error_of(variant, at, sets[0])
-            elif case.group != "memory":
+            elif timed:
                 train(variant.call, sets[0], device)
-            if device.type == "cuda" or case.group == "memory":
+            if device.type == "cuda" or not timed:
                 rows[name]["peak_bytes"] = training_peak(variant.call, sets[-1], device)
         except Exception as error:  # an error is a row of the result
             rows[name]["error"] = one_line(error)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    good = {name: variant for name, variant in made.items() if "error" not in rows[name]}
-    if case.group != "memory":
-        times, errors = rounds({name: v.call for name, v in good.items()}, sets, device, seconds)
+    if timed:
+        good = {name: variant.call for name, variant in made.items() if "error" not in rows[name]}
+        times, errors = rounds(good, sets, device, seconds)
         for name, error in errors.items():
             rows[name]["error"] = error
         for name, modes in times.items():
-            rows[name]["ms"] = {mode: spread(values) for mode, values in modes.items()}
-            rows[name]["tflops"] = {mode: flops(case, mode) / rows[name]["ms"][mode]["median"] / 1e9 for mode in MODES}
+            ms = {mode: report.median_and_fifths(values) for mode, values in modes.items()}
+            rows[name] |= {"ms": ms, "tflops": {mode: flops(case, mode) / ms[mode]["median"] / 1e9 for mode in MODES}}
             rows[name]["ratio"] = {
-                against: {mode: ratio(modes[mode], times[other][mode]) for mode in (*MODES, "host")}
+                against: {mode: ratio(modes[mode], times[other][mode]) for mode in modes}
                 for against, other in partners(name, made, times).items()
             }
-    for name, other in ((n, partners(n, made, rows).get("same engine")) for n in rows):
-        if other and "peak_bytes" in rows[name] and "peak_bytes" in rows[other]:
-            rows[name]["peak_ratio"] = rows[name]["peak_bytes"] / rows[other]["peak_bytes"]
+    for name, row in rows.items():
+        other = partners(name, made, rows).get("same engine", name)
+        if other != name and "peak_bytes" in row and "peak_bytes" in rows[other]:
+            row["peak_ratio"] = row["peak_bytes"] / rows[other]["peak_bytes"]
     return list(rows.values())
 
 
 def partners(name: str, made: dict[str, Variant], among: dict[str, Any]) -> dict[str, str]:
-    """What a variant is held against, of those that were measured: the kind of comparison and the other's name."""
+    """What a variant is compared with, of those that were measured: {kind of comparison: name}."""
     variant = made[name]
     plain = {made[n].engine: n for n in among if made[n].role == PLAIN}
     found = {}
@@ -145,73 +134,58 @@ def partners(name: str, made: dict[str, Variant], among: dict[str, Any]) -> dict
         timed = {n: sum(among[n]["forward+backward"]) for n in plain.values() if "forward+backward" in among[n]}
         if timed:
             found["fastest plain"] = min(timed, key=lambda n: timed[n])
-    if variant.role in (AUTO, RIVAL) and "flex" in plain:
+    if variant.role in (AUTO, BASELINE) and "flex" in plain:
         found["compiled flex"] = plain["flex"]
-    if variant.role == RIVAL:
+    if variant.role == BASELINE:
         ours = [n for n in among if made[n].role in (STABLEMASK, AUTO) and made[n].gamma == variant.gamma]
         if ours:
             found["StableMask"] = ours[0]
     return found
 
 
-def run(cases: list[Case], device: torch.device, minutes: float, stem: Path, source: dict[str, str]) -> dict[str, Any]:
+def run(cases: list[Case], device: torch.device, minutes: float, result: report.Result) -> dict[str, Any]:
     """Measures case after case and writes the record after each."""
     budget = Budget(minutes, device)
-    record: dict[str, Any] = {
-        "benchmark": "speed",
-        "rows": [],
-        "dropped": [],
-        "minutes": minutes,
-        "repetition seconds": MOST_SECONDS,
-    }
+    record: dict[str, Any] = {"rows": [], "dropped": [], "minutes": minutes, "repetition seconds": MOST_SECONDS}
     record["copy GB/s"] = copy_bandwidth(device)
-    with tqdm(total=len(cases), unit="case", dynamic_ncols=True) as bar:
-        for i, case in enumerate(cases):
-            bar.set_postfix_str(case.name, refresh=True)
-            lost = record.get("stopped")
-            seconds = None if lost else budget.share(len(cases) - i)
-            if seconds is None:
-                record["dropped"].append(case.name)
-            else:
-                start = time.perf_counter()
-                found = measure(case, device, seconds, record["copy GB/s"])
-                if any("ms" in row for row in found):
-                    budget.spent(time.perf_counter() - start - seconds)
-                shared = {"case": case.name, **case._asdict(), "all_threads": case.threads in (0, report.num_cores())}
-                shared["repetition seconds"] = seconds
-                record["rows"] += [{**shared, "engine": "", "gamma": "", "role": ""} | row for row in found]
-                try:
-                    synchronize(device)
-                except RuntimeError as error:  # a device that is lost stays lost
-                    record["stopped"] = one_line(error)
-                record["seconds"] = round(60 * minutes - budget.left(), 1)
-                speed_report.write(stem, source, record, device, picture=i % 8 == 0)
-            bar.update()
-    speed_report.write(stem, source, record, device, picture=True)
+    for i, case in enumerate(tqdm(cases, unit="case", dynamic_ncols=True)):
+        seconds = None if "stopped" in record else budget.share(len(cases) - i)
+        if seconds is None:
+            record["dropped"].append(case.name)
+            continue
+        start = time.perf_counter()
+        found = measure(case, device, seconds, record["copy GB/s"])
+        if any("ms" in row for row in found):
+            budget.spent(time.perf_counter() - start - seconds)
+        shared = {"case": case.name, **case._asdict(), "all_threads": case.threads in (0, report.num_cores())}
+        shared |= {"repetition seconds": seconds, "engine": "", "gamma": "", "role": ""}
+        record["rows"] += [shared | row for row in found]
+        try:
+            report.synchronize(device)
+        except RuntimeError as error:  # a device that is lost stays lost
+            record["stopped"] = one_line(error)
+        record["seconds"] = round(60 * minutes - budget.left(), 1)
+        write(result, record, device, redraw=i % 8 == 0)
+    write(result, record, device, redraw=True)
     return record
 
 
 def main(argv: list[str] | None = None, cases: list[Case] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = report.Parser(prog="python -m benchmarks.speed", description="StableMask's speed beside plain causal attention's.")
+    parser = report.Parser("speed", "StableMask's speed beside plain causal attention's.")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--only", choices=GROUPS, help="one group of cases")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder for the results (default %(default)s)")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
+    args = parser.parse(argv)
+    device = torch.device(args.device) if args.device else report.pick_device()
+    with parser.refusing():
         if not 0 < args.minutes <= 24 * 60:
             raise ValueError(f"--minutes must be above 0 and at most a day, got {args.minutes}")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device on this machine; leave it out, or pass cpu")
-        stem = report.result_stem(report.out_folder(args.out), "speed", device)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    source = report.environment(shlex.join(["python", "-m", "benchmarks.speed", *argv]), device)
+        result = report.Result(parser, args.out, "speed", device)
     torch.manual_seed(0)
     chosen = [case for case in (plan(device) if cases is None else cases) if args.only in (None, case.group)]
-    record = run(chosen, device, args.minutes, stem, source)
-    print(speed_report.targets_table(record, device))
-    print(f"wrote {stem}.png, .md and .json")
-    print(json.dumps({"verdicts": speed_report.verdicts(record, device), "dropped": record["dropped"]}))
+    record = run(chosen, device, args.minutes, result)
+    verdicts = judge(record["rows"], device.type)
+    print(targets_table(verdicts), f"wrote {result.stem}.png, .md and .json", sep="\n")
+    print(json.dumps({"verdicts": [v._asdict() for v in verdicts], "dropped": record["dropped"]}))

@@ -1,4 +1,4 @@
-"""What benchmarks.speed measures beside whole attention calls: the epilogue alone, a decode step, the first compiled call."""
+"""Parts that benchmarks.speed measures: the epilogue alone, a decode step, the first compiled call."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.speed.cases import DTYPES, Case
-from benchmarks.speed.timing import one_line, ratio, spread, turns
+from benchmarks.speed.timing import one_line, ratio, turns
 from sm_flex import headwise_gamma, log_mass, scaled_dot_product_attention, stablemask
 from sm_flex.epilogue.remask import epilogue
 from sm_flex.testing import oracle
@@ -24,10 +24,11 @@ QUARTER_EPS = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-25}
 
 
 def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: float) -> list[Row]:
-    """The remask in place on an engine's buffers, at gamma 0 and head-wise: bytes that it must move over its time.
+    """The remask in place on an engine's buffers, gamma 0 and head-wise: bytes that it must move, per time.
 
-    Every row's lse is read and lse' written, 4 bytes each; out is read and written in the tiles of rows (on a GPU; elsewhere
-    everywhere) where some share changes it. lse is that of scores with deviation 1: log(p + 1) + 1/2.
+    Every row's lse is read and lse' written, 4 bytes each. On a GPU out is read and written in the tiles of
+    rows where some share changes it, elsewhere everywhere. lse is that of scores with deviation 1: log(p + 1)
+    + 1/2.
     """
     dtype = DTYPES[case.dtype]
     shape = (case.batch, case.length, case.heads, case.head_dim)
@@ -50,12 +51,12 @@ def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: f
     for name, gamma in gammas.items():
         touched = _touched(lse, gamma, case, dtype, device)
         moved = lse.numel() * 8 + touched * 2 * outs[0].numel() * dtype.itemsize
-        found = spread(times[name])
-        gbps = moved / found["median"] / 1e6
+        ms = report.median_and_fifths(times[name])
+        gbps = moved / ms["median"] / 1e6
         values = {"touched": touched, "bytes": moved, "GB/s": gbps, "of copy bandwidth": gbps / copy_gbps}
         if name == "headwise":
             values["of gamma 0's time"] = ratio(times[name], times["zero"])["median"]
-        row = {"variant": f"epilogue, {name}", "gamma": name, "ms": {"forward": found}, "values": values}
+        row = {"variant": f"epilogue, {name}", "gamma": name, "ms": {"forward": ms}, "values": values}
         rows.append(row | ({"check": errors[name]} if errors[name] < 2**-7 else {"error": f"wrong by {errors[name]:.2e}"}))
     return rows
 
@@ -75,7 +76,7 @@ def _touched(lse: Tensor, gamma: Tensor, case: Case, dtype: torch.dtype, device:
 
 @torch.no_grad()
 def decode_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
-    """One query against a cache of case.length keys: eager as a host sees it, and on a GPU replayed from a CUDA graph."""
+    """One query against a cache of case.length keys: eager, and on a GPU also replayed from a CUDA graph."""
     dtype, length = DTYPES[case.dtype], case.length
     q = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device, dtype=dtype)
     k, v = (torch.randn(case.batch, case.kv_heads, length, case.head_dim, device=device, dtype=dtype) for _ in range(2))
@@ -104,17 +105,12 @@ def decode_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
 
 
 def _decode_pair(how: str, times: dict[str, list[float]], error: float) -> list[Row]:
-    over = ratio(times["ours"], times["plain"])
+    plain, ours = ({"forward": report.median_and_fifths(times[name])} for name in ("plain", "ours"))
+    over = {"same engine": {"forward": ratio(times["ours"], times["plain"])}}
+    name = f"decode, StableMask, {how}"
     return [
-        {"variant": f"decode, plain, {how}", "ms": {"forward": spread(times["plain"])}},
-        {
-            "variant": f"decode, StableMask, {how}",
-            "gamma": "headwise",
-            "engine": how,
-            "ms": {"forward": spread(times["ours"])},
-            "ratio": {"same engine": {"forward": over}},
-            "check": error,
-        },
+        {"variant": f"decode, plain, {how}", "ms": plain},
+        {"variant": name, "gamma": "headwise", "engine": how, "ms": ours, "ratio": over, "check": error},
     ]
 
 
@@ -150,22 +146,20 @@ print(json.dumps(time.perf_counter() - start))
 
 
 def first_call_rows(case: Case, device: torch.device) -> list[Row]:
-    """Seconds of the first compiled forward and backward pass in a new process without the compiler's caches."""
+    """Seconds of the first compiled forward and backward pass, in a new process without caches."""
     rows: list[Row] = []
-    path = os.pathsep.join([str(report.ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path.strip(os.pathsep)}
+    path = os.pathsep.join([str(report.ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": path}
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     for what in ("plain", "StableMask"):
         options = [device.type, str(case.heads), str(case.length), str(case.head_dim), dtype, what]
+        command = [sys.executable, "-c", FIRST_CALL, *options]
         row: Row = {"variant": f"first compiled call, {what}", "role": what}
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", FIRST_CALL, *options], env=environment, capture_output=True, text=True, timeout=120
-            )
-            if done.returncode:
-                row["error"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
-            else:
-                row["values"] = {"seconds": json.loads(done.stdout.splitlines()[-1])}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+            row["values"] = {"seconds": json.loads(done.stdout.splitlines()[-1])}
+        except subprocess.CalledProcessError as error:
+            row["error"] = (error.stderr.strip().splitlines() or ["no message"])[-1][:200]
         except subprocess.TimeoutExpired:
             row["error"] = "took over 120 s"
         rows.append(row)

@@ -1,16 +1,15 @@
-"""The result files of benchmarks.speed: targets, tables and notes for people, the record for programs, ratio against S."""
+"""The result files of benchmarks.speed: tables, targets and notes for people, a record for programs."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.speed.targets import judge
+from benchmarks import plot, report
+from benchmarks.speed.targets import BOTH, Verdict, judge
+from benchmarks.speed.timing import MODES
 
 Record = dict[str, Any]
-BOTH = "forward+backward"
 NOTES = """
 How it was measured: medians (p20 to p80) over rounds in which the variants of a case take turns, in reversed order every other
 round, on inputs that rotate over more than twice the L2 cache; ratios are medians of ratios within a round. On a GPU times are
@@ -23,22 +22,17 @@ On a CPU peak memory is measured in the memory case alone, since following the a
 """
 
 
-def verdicts(record: Record, device: torch.device) -> list[dict[str, Any]]:
-    return [verdict._asdict() for verdict in judge(record["rows"], device.type)]
-
-
-def targets_table(record: Record, device: torch.device) -> str:
-    lines = [(v.text, f"{v.limit:g}", v.verdict, v.figure) for v in judge(record["rows"], device.type)]
+def targets_table(verdicts: list[Verdict]) -> str:
+    lines = [(v.text, f"{v.limit:g}", v.verdict, v.figure) for v in verdicts]
     return report.markdown_table(("target", "limit", "verdict", "figure"), lines)
 
 
-def write(stem: Path, source: dict[str, str], record: Record, device: torch.device, picture: bool) -> None:
-    """stem.md and .json as of now, and the .png, which takes longer, if wanted."""
-    if picture:
-        draw(record["rows"], stem.with_name(stem.name + ".png"))
-    parts = [targets_table(record, device), "## Attention", *_attention_tables(record["rows"])]
-    parts += ["## The pieces", _pieces_table(record["rows"])]
-    notes = [f"![ratio against S]({stem.name}.png)", f"Copy bandwidth of the device, measured: {record['copy GB/s']:.0f} GB/s."]
+def write(result: report.Result, record: Record, device: torch.device, redraw: bool) -> None:
+    """The files as of now; the .png takes longer than the others."""
+    verdicts = judge(record["rows"], device.type)
+    parts = ["## Attention", *_attention_tables(record["rows"]), "## The parts", _parts_table(record["rows"])]
+    parts += ["## Targets", targets_table(verdicts)]
+    notes = [f"Copy bandwidth of the device, measured: {record['copy GB/s']:.0f} GB/s."]
     few = [row for row in record["rows"] if row["repetition seconds"] < record["repetition seconds"]]
     if few:
         notes.append(f"Repetitions cut to fit in {record['minutes']:g} minutes: {len({row['case'] for row in few})} cases.")
@@ -46,8 +40,9 @@ def write(stem: Path, source: dict[str, str], record: Record, device: torch.devi
         notes.append("Dropped, not measured: " + "; ".join(record["dropped"]) + ".")
     if "stopped" in record:
         notes.append(f"Stopped, the device failed: {record['stopped']}.")
-    saved = {**record, "verdicts": verdicts(record, device)}
-    report.write(stem, "Speed", source, "\n\n".join(parts), "\n\n".join(notes) + "\n" + NOTES, saved)
+    saved = {**record, "verdicts": [verdict._asdict() for verdict in verdicts]}
+    figures = {"": draw(record["rows"]) if redraw else None}
+    result.write("Speed", "\n\n".join(parts), "\n\n".join(notes) + "\n" + NOTES, saved, figures)
 
 
 def _attention_tables(rows: list[Record]) -> list[str]:
@@ -60,19 +55,19 @@ def _attention_tables(rows: list[Record]) -> list[str]:
             if "ms" not in row:
                 lines.append((row["variant"], *[""] * 9, *tail, row.get("error", "")))
                 continue
-            ms = [_spread(row["ms"][mode]) for mode in ("forward", "backward", BOTH)]
+            ms = [_spread(row["ms"][mode]) for mode in MODES]
             host = "" if row["threads"] else f"{row['ms']['host']['median']:.2f}"
             head = (row["variant"], *ms, host, f"{row['tflops'][BOTH]:.3g}")
             if not row.get("ratio"):
                 lines.append((*head, "", "", "", "", *tail, row.get("error", "")))
             for n, (against, by_mode) in enumerate(row.get("ratio", {}).items()):
-                cells = [f"{by_mode[mode]['median']:.3f}" for mode in ("forward", "backward", BOTH)]
+                cells = [f"{by_mode[mode]['median']:.3f}" for mode in MODES]
                 lines.append((*(head if n == 0 else ("", *[""] * 5)), against, *cells, *(tail if n == 0 else ("", "")), ""))
         parts += [f"### {case}", report.markdown_table((*columns, "peak MiB", "check", "error"), lines)]
     return parts
 
 
-def _pieces_table(rows: list[Record]) -> str:
+def _parts_table(rows: list[Record]) -> str:
     lines = []
     for row in (row for row in rows if row["group"] not in ("attention", "memory")):
         ms = row["ms"]["forward"] if "ms" in row else None
@@ -94,29 +89,26 @@ def _peak(row: Record) -> str:
     return f"{row['peak_bytes'] / 2**20:.1f}{over}"
 
 
-def draw(rows: list[Record], path: Path) -> None:
+def draw(rows: list[Record]) -> Figure:
     """Ratio of StableMask to plain on the same engine against S; each line one engine, dtype, head layout."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    forms = (("forward", "backward", BOTH), figure.subplots(1, 3, sharey=True))
+    figure = plot.figure(11, 4)
     lines: dict[str, list[Record]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["length"]):
         if row["group"] == "attention" and row["kind"] == "causal" and "same engine" in row.get("ratio", {}):
             threads = f", {row['threads']} thr" if row["threads"] else ""
             label = f"{row['variant'].replace(', StableMask', '')}, {row['dtype']}, D {row['head_dim']}, "
             lines.setdefault(f"{label}{row['heads']}:{row['kv_heads']}{threads}", []).append(row)
-    for mode, axes in zip(*forms, strict=True):
+    lengths = sorted({row["length"] for found in lines.values() for row in found}) or [1]
+    panels = figure.subplots(1, 3, sharey=True)
+    for mode, axes in zip(MODES, panels, strict=True):
         axes.axhline(1, color="gray", linewidth=0.8)
-        for label, points in lines.items():
-            points = sorted(points, key=lambda row: row["length"])
-            y = [row["ratio"]["same engine"][mode]["median"] for row in points]
-            axes.plot(
-                [row["length"] for row in points], y, "--" if "gamma 0" in label else "-", marker="o", markersize=3, label=label
-            )
-        lengths = sorted({row["length"] for points in lines.values() for row in points}) or [1]
-        axes.set(xscale="log", title=mode, xlabel="S (constant tokens)")
-        axes.set_xticks(lengths, labels=[f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
-        axes.minorticks_off()
-    forms[1][0].set_ylabel("StableMask / plain, same engine")
+        for label, found in lines.items():
+            ratios = [row["ratio"]["same engine"][mode]["median"] for row in found]
+            dash = "--" if "gamma 0" in label else "-"
+            axes.plot([row["length"] for row in found], ratios, dash, marker="o", markersize=3, label=label)
+        plot.log_axis(axes, lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+        axes.set(title=mode, xlabel="S (constant tokens)")
+    panels[0].set_ylabel("StableMask / plain, same engine")
     if lines:
-        figure.legend(*forms[1][0].get_legend_handles_labels(), loc="outside right upper", fontsize=6)
-    figure.savefig(path, dpi=120)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    return figure

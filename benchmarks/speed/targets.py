@@ -1,4 +1,4 @@
-"""What benchmarks.speed has to show, as data, and what a record says to it: met, missed or not measured, with the figure."""
+"""What benchmarks.speed has to show, as data, and whether a record meets it, with the figure."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ MET, MISSED, PARTLY, NOT = "met", "**missed**", "met where measured", "not measu
 
 
 class Target(NamedTuple):
-    """limit holds for row[path[0]][path[1]]... of every row whose fields are among where's; every length in where is wanted."""
+    """limit holds for row[path[0]][path[1]]... of every row that where fits; each of its lengths is wanted."""
 
     device: str
     text: str
@@ -34,14 +34,14 @@ OURS = {"group": ("attention",), "kind": ("causal",), "role": ("StableMask",)}
 CHOSEN = OURS | {"role": ("StableMask, chosen",)}
 LONG = (4096, 8192, 16384, 32768)
 _HEADWISE, _ZERO = OURS | {"gamma": ("headwise",)}, OURS | {"gamma": ("zero",)}
-_RATE_TEXT = "StableMask / plain on the same engine, forward+backward, "
+_SAME_ENGINE = "StableMask / plain on the same engine, forward+backward, "
 
 GPU = [
-    Target("cuda", _RATE_TEXT + "head-wise, S = 2k", _HEADWISE | {"length": (2048,)}, _ratio(SAME, BOTH), 1.03),
-    Target("cuda", _RATE_TEXT + "head-wise, S >= 4k", _HEADWISE | {"length": LONG}, _ratio(SAME, BOTH), 1.01),
-    Target("cuda", _RATE_TEXT + "gamma 0, S = 2k", _ZERO | {"length": (2048,)}, _ratio(SAME, BOTH), 1.06),
-    Target("cuda", _RATE_TEXT + "gamma 0, S = 4k", _ZERO | {"length": (4096,)}, _ratio(SAME, BOTH), 1.03),
-    Target("cuda", _RATE_TEXT + "gamma 0, S = 8k", _ZERO | {"length": (8192,)}, _ratio(SAME, BOTH), 1.015),
+    Target("cuda", _SAME_ENGINE + "head-wise, S = 2k", _HEADWISE | {"length": (2048,)}, _ratio(SAME, BOTH), 1.03),
+    Target("cuda", _SAME_ENGINE + "head-wise, S >= 4k", _HEADWISE | {"length": LONG}, _ratio(SAME, BOTH), 1.01),
+    Target("cuda", _SAME_ENGINE + "gamma 0, S = 2k", _ZERO | {"length": (2048,)}, _ratio(SAME, BOTH), 1.06),
+    Target("cuda", _SAME_ENGINE + "gamma 0, S = 4k", _ZERO | {"length": (4096,)}, _ratio(SAME, BOTH), 1.03),
+    Target("cuda", _SAME_ENGINE + "gamma 0, S = 8k", _ZERO | {"length": (8192,)}, _ratio(SAME, BOTH), 1.015),
     Target("cuda", "chosen engine / fastest plain of all, S >= 4k", CHOSEN | {"length": LONG}, _ratio(FASTEST, BOTH), 1.03),
     Target(
         "cuda", "chosen engine / compiled flex causal, S >= 4k (1.25 times faster)", CHOSEN | {"length": LONG},

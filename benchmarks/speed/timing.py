@@ -1,19 +1,21 @@
 """How benchmarks.speed measures: fair clocks for several variants at once, and the memory that they need.
 
-Variants take turns within a round, in reversed order every other round, so that a machine that slows down slows all of them; a
-ratio is the median over rounds of two times of the same round. Inputs rotate over sets that together exceed twice the L2 cache.
-On a GPU a time is that between two CUDA events, behind a pause that lets the host run ahead: it is the device's time, and the
-host's is reported beside it.
+Variants take turns within a round, in reversed order every other round: a machine that slows down slows all
+of them. A ratio is the median over rounds of two times of the same round. Inputs rotate over sets that
+together exceed twice the L2 cache. On a GPU a time is that between two CUDA events, behind a pause that lets
+the host run ahead: it is the device's own, and the host's is reported beside it.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import report
 
 MODES = ("forward", "backward", "forward+backward")
 # q, k, v that want gradients, and the gradient of the output.
@@ -64,60 +66,60 @@ def train(call: Call, inputs: Inputs, device: torch.device) -> Clock:
     return clock
 
 
+def interleaved(names: Iterable[str], seconds: float, least: int, most: int) -> Iterator[tuple[int, list[str]]]:
+    """(number, variants in order) of each round: at least and at most so many, until seconds are over."""
+    start, names = time.perf_counter(), list(names)
+    for count in range(most):
+        if count >= least and time.perf_counter() - start >= seconds:
+            return
+        yield count, names if count % 2 == 0 else names[::-1]
+
+
 def rounds(
     calls: dict[str, Call], sets: Sequence[Inputs], device: torch.device, seconds: float
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """({variant: {mode: ms of each round}}, {variant: why it failed}); a variant that fails once is out.
-
-    At least LEAST_ROUNDS, then until seconds are over; the calls are warm.
-    """
+    """({variant: {mode: ms per round}}, {variant: why it failed}); calls are warm; a failure ends a variant."""
     errors: dict[str, str] = {}
     found: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in (*MODES, "host")} for name in calls}
-    start, count = time.perf_counter(), 0
-    while count < LEAST_ROUNDS or (count < MOST_ROUNDS and time.perf_counter() - start < seconds):
-        names = [name for name in calls if name not in errors]
+    for count, names in interleaved(calls, seconds, LEAST_ROUNDS, MOST_ROUNDS):
         clocks = {}
-        for name in names if count % 2 == 0 else names[::-1]:
-            try:
-                clocks[name] = train(calls[name], sets[count % len(sets)], device)
-            except Exception as error:  # an error is a row of the result
-                errors[name] = one_line(error)
+        for name in names:
+            if name not in errors:
+                try:
+                    clocks[name] = train(calls[name], sets[count % len(sets)], device)
+                except Exception as error:  # an error is a row of the result
+                    errors[name] = one_line(error)
         for name, clock in clocks.items():
             forward, backward = clock.milliseconds()
             for mode, ms in zip((*MODES, "host"), (forward, backward, forward + backward, clock.host), strict=True):
                 found[name][mode].append(ms)
-        count += 1
     return {name: modes for name, modes in found.items() if name not in errors}, errors
 
 
 def turns(
     calls: dict[str, Callable[[int], Any]], device: torch.device, seconds: float, wall: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of calls without gradients, in turn; each gets the number of the round, to choose its inputs by.
+    """Milliseconds of calls without gradients; each gets the number of the round, to choose its inputs by.
 
     wall: from before the call until the device is done, as a host that waits for it sees it.
     """
     for call in calls.values():
         for i in range(3):
             call(i)
-    synchronize(device)
+    report.synchronize(device)
     found: dict[str, list[float]] = {name: [] for name in calls}
-    start, count = time.perf_counter(), 0
-    while count < 10 or (count < 200 and time.perf_counter() - start < seconds):
-        for name in list(calls) if count % 2 == 0 else list(calls)[::-1]:
+    for count, names in interleaved(calls, seconds, 10, 200):
+        for name in names:
             if wall:
-                synchronize(device)
-                begin = time.perf_counter()
+                begin = report.now(device)
                 calls[name](count)
-                synchronize(device)
-                found[name].append(1e3 * (time.perf_counter() - begin))
+                found[name].append(1e3 * (report.now(device) - begin))
             else:
                 clock = Clock(device)
                 clock.mark()
                 calls[name](count)
                 clock.mark()
                 found[name] += clock.milliseconds()
-        count += 1
     return found
 
 
@@ -151,7 +153,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
-    """Bytes held at most in a forward and a backward pass, inputs among them; on a CPU as PyTorch's allocator reports them."""
+    """Bytes held at most in a forward and a backward pass, inputs included, by PyTorch's allocator."""
     q, k, v, grad = inputs
 
     def run() -> None:
@@ -159,11 +161,11 @@ def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
 
     own = sum(x.numel() * x.element_size() for x in inputs)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        report.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize(device)
+        report.synchronize(device)
         return own + torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         run()
@@ -177,20 +179,9 @@ def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
     return own + most
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """median, p20, p80 and how many."""
-    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "rounds": len(values)}
-
-
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Spread of ours over theirs, round by round."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Median and fifths of ours over theirs, round by round."""
+    return report.median_and_fifths([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The variants of a case of benchmarks.speed: each a call (q, k, v) -> out of one engine, and what it is held against.
+"""The variants of a case of benchmarks.speed: each a call (q, k, v) -> out of one engine.
 
 q (B, H, S, D), k and v (B, Hkv, S, D), out (B, H, S, D); packed documents are (1, H, T, D).
 """
@@ -18,7 +18,7 @@ from benchmarks.speed.cases import BACKEND_OF, DTYPES, WINDOW, Case, document_le
 from benchmarks.speed.timing import Call
 from sm_flex import flex_attention, headwise_gamma, log_mass, scaled_dot_product_attention, stablemask, varlen_attn
 
-PLAIN, STABLEMASK, AUTO, RIVAL = "plain causal", "StableMask", "StableMask, chosen", "rival"
+PLAIN, STABLEMASK, AUTO, BASELINE = "plain causal", "StableMask", "StableMask, chosen", "baseline"
 KERNEL = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -31,8 +31,8 @@ class Variant(NamedTuple):
     gamma: str = ""
 
 
-class Setting(NamedTuple):
-    """What the variants of a case share: positions and visibility of the T rows, and the masks made of them."""
+class Setup(NamedTuple):
+    """What the variants of a case share: positions and visibility of the rows, and the masks made of them."""
 
     case: Case
     device: torch.device
@@ -45,44 +45,51 @@ class Setting(NamedTuple):
     attn_mask: Tensor | None
     score_mod: Callable[..., Tensor] | None
 
+    @property
+    def gqa(self) -> bool:
+        return self.case.heads != self.case.kv_heads
 
-def setting(case: Case, device: torch.device) -> Setting:
+    @property
+    def window(self) -> tuple[int, int]:
+        return (WINDOW - 1, 0) if self.case.kind == "window" else (-1, 0)
+
+    def stablemask(self, gamma: str) -> Any:
+        return stablemask(self.gammas[gamma], length=self.length, positions=self.positions, score_mod=self.score_mod)
+
+
+def setup(case: Case, device: torch.device) -> Setup:
     lengths = document_lengths(case) if case.kind == "packed" else [case.length] * case.batch
     cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     gammas = {"headwise": headwise_gamma(case.heads).to(device), "zero": torch.zeros(case.heads, device=device)}
     positions = torch.cat([torch.arange(n, device=device) for n in lengths]) if case.kind == "packed" else None
     flex = any(engine.startswith("flex") or engine == "titan" for engine in case.engines)
-    score_mod = _alibi(gammas["headwise"]) if case.kind == "alibi" else None
-    return Setting(
-        case, device, gammas, max(lengths), lengths, positions, cu, _block_mask(case, lengths, device) if flex else None,
-        _attn_mask(case, device) if device.type == "cpu" else None, score_mod,
+    return Setup(
+        case, device, gammas, max(lengths), lengths, positions, cu,
+        _block_mask(case, lengths, device) if flex else None,
+        _attn_mask(case, device) if device.type == "cpu" else None,
+        _alibi(gammas["headwise"]) if case.kind == "alibi" else None,
     )  # fmt: skip
 
 
-def variants(at: Setting) -> dict[str, Variant]:
+def variants(at: Setup) -> dict[str, Variant]:
     """By name, the plain one of an engine before StableMask on it."""
     found: dict[str, Variant] = {}
     for engine in at.case.engines:
         kernel = at.case.impl or engine if engine == "flash" else engine
         if engine in ("auto", "auto compiled"):
-            call = _ours_auto(at, "headwise")
-            found[f"StableMask, {engine}"] = Variant(_maybe_compiled(call, engine), engine, AUTO, "headwise")
+            found[f"StableMask, {engine}"] = Variant(_maybe_compiled(_ours_auto(at), engine), engine, AUTO, "headwise")
         elif engine == "titan":
-            found["out * sigmoid(lse - m) on compiled flex"] = Variant(_titan(at), engine, RIVAL, "headwise")
+            found["out * sigmoid(lse - m) on compiled flex"] = Variant(_titan(at), engine, BASELINE, "headwise")
         elif engine == "dense":
-            found["dense formula"] = Variant(_dense(at), engine, RIVAL, "headwise")
+            found["dense formula"] = Variant(_dense(at), engine, BASELINE, "headwise")
         else:
-            plain, ours = PAIR_OF.get(engine, (_sdpa, _ours_sdpa))
+            plain, ours = PAIR_OF.get(engine.removesuffix(" FLASH"), (_sdpa, _ours_sdpa))
             found[f"{kernel}, plain"] = Variant(_maybe_compiled(plain(at, engine), engine), engine, PLAIN)
-            for rate in _rates(at.case, engine):
-                name = f"{kernel}, StableMask" + ", gamma 0" * (rate == "zero")
-                found[name] = Variant(_maybe_compiled(ours(at, engine, rate), engine), engine, STABLEMASK, rate)
+            zero_too = at.case.group == "attention" and at.case.kind == "causal" and engine in ("flash", "cudnn", "cpu")
+            for gamma in ("headwise", "zero") if zero_too else ("headwise",):
+                name = f"{kernel}, StableMask" + ", gamma 0" * (gamma == "zero")
+                found[name] = Variant(_maybe_compiled(ours(at, engine, gamma), engine), engine, STABLEMASK, gamma)
     return found
-
-
-def _rates(case: Case, engine: str) -> tuple[str, ...]:
-    timed = case.group == "attention" and case.kind == "causal"
-    return ("headwise", "zero") if timed and engine in ("flash", "cudnn", "cpu") else ("headwise",)
 
 
 def _maybe_compiled(call: Call, engine: str) -> Call:
@@ -91,16 +98,8 @@ def _maybe_compiled(call: Call, engine: str) -> Call:
     return call
 
 
-def _gqa(at: Setting) -> bool:
-    return at.case.heads != at.case.kv_heads
-
-
-def _mask(at: Setting, rate: str) -> Any:
-    return stablemask(at.gammas[rate], length=at.length, positions=at.positions, score_mod=at.score_mod)
-
-
-def _sdpa(at: Setting, engine: str) -> Call:
-    gqa, mask = _gqa(at), at.attn_mask
+def _sdpa(at: Setup, engine: str) -> Call:
+    gqa, mask = at.gqa, at.attn_mask
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
@@ -112,21 +111,22 @@ def _sdpa(at: Setting, engine: str) -> Call:
     return on_kernel if engine in KERNEL else call
 
 
-def _ours_sdpa(at: Setting, engine: str, rate: str) -> Call:
-    if at.attn_mask is not None:
-        gqa, visible, mask = _gqa(at), at.attn_mask, stablemask(at.gammas[rate], length=at.length)
-        return lambda q, k, v: scaled_dot_product_attention(q, k, v, visible, score_mod=mask, enable_gqa=gqa)
-    gqa, mask, options = _gqa(at), _mask(at, rate), {"BACKEND": BACKEND_OF[engine]}
-    return lambda q, k, v: flex_attention(q, k, v, score_mod=mask, enable_gqa=gqa, kernel_options=options)
+def _ours_sdpa(at: Setup, engine: str, gamma: str) -> Call:
+    gqa, visible, options = at.gqa, at.attn_mask, {"BACKEND": BACKEND_OF[engine]}
+    if visible is None:
+        mask = at.stablemask(gamma)
+        return lambda q, k, v: flex_attention(q, k, v, score_mod=mask, enable_gqa=gqa, kernel_options=options)
+    mask = stablemask(at.gammas[gamma], length=at.length)  # ALiBi is in visible
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, visible, score_mod=mask, enable_gqa=gqa)
 
 
-def _ours_auto(at: Setting, rate: str) -> Call:
-    gqa, mask = _gqa(at), _mask(at, rate)
+def _ours_auto(at: Setup) -> Call:
+    gqa, mask = at.gqa, at.stablemask("headwise")
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, score_mod=mask)
 
 
-def _flex(at: Setting, engine: str) -> Call:
-    gqa, options = _gqa(at), cast(Any, {"BACKEND": BACKEND_OF[engine]})
+def _flex(at: Setup, engine: str) -> Call:
+    gqa, options = at.gqa, cast(Any, {"BACKEND": BACKEND_OF[engine]})
     score_mod, block_mask = at.score_mod, at.block_mask
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -135,16 +135,16 @@ def _flex(at: Setting, engine: str) -> Call:
     return call
 
 
-def _ours_flex(at: Setting, engine: str, rate: str) -> Call:
-    gqa, mask, options = _gqa(at), _mask(at, rate), {"BACKEND": BACKEND_OF[engine]}
+def _ours_flex(at: Setup, engine: str, gamma: str) -> Call:
+    gqa, mask, options = at.gqa, at.stablemask(gamma), {"BACKEND": BACKEND_OF[engine]}
     # A StableMask is causal by itself: only what narrows that is passed.
     block_mask = at.block_mask if at.case.kind in ("window", "packed") else None
     return lambda q, k, v: flex_attention(q, k, v, score_mod=mask, block_mask=block_mask, enable_gqa=gqa, kernel_options=options)
 
 
-def _titan(at: Setting) -> Call:
+def _titan(at: Setup) -> Call:
     """torchtitan's way: an out_transform on compiled flex. log M is computed beforehand, and not counted."""
-    gqa, block_mask = _gqa(at), at.block_mask
+    gqa, block_mask = at.gqa, at.block_mask
     log_mass_HS = log_mass(at.gammas["headwise"], torch.arange(at.length, device=at.device), at.length)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _titan(at: Setting) -> Call:
     return torch.compile(call, dynamic=False, fullgraph=True)
 
 
-def _dense(at: Setting) -> Call:
+def _dense(at: Setup) -> Call:
     """Equation 11 as it is printed, in plain PyTorch: (softmax(A * C + P) * C) V."""
     j = torch.arange(at.length, device=at.device)
     seen = j <= j.unsqueeze(1)
@@ -170,44 +170,39 @@ def _dense(at: Setting) -> Call:
     return call
 
 
-def _window(at: Setting) -> tuple[int, int]:
-    return (WINDOW - 1, 0) if at.case.kind == "window" else (-1, 0)
-
-
-def _varlen(at: Setting, engine: str) -> Call:
+def _varlen(at: Setup, engine: str) -> Call:
     if at.device.type == "cpu":
         return _one_by_one(at)
+    return _packed(at, torch_varlen_attn)
 
+
+def _ours_varlen(at: Setup, engine: str, gamma: str) -> Call:
+    return _packed(at, varlen_attn, enable_gqa=at.gqa, score_mod=stablemask(at.gammas[gamma], length=at.length))
+
+
+def _packed(at: Setup, varlen: Callable[..., Any], **options: Any) -> Call:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_THD, k_THD, v_THD = rows_THD(q), rows_THD(k), rows_THD(v)
-        out = torch_varlen_attn(q_THD, k_THD, v_THD, at.cu, at.cu, at.length, at.length, window_size=_window(at))
-        return like_BHSD(cast(Tensor, out), q)
+        packed = [rows_THD(x) for x in (q, k, v)]
+        return like_BHSD(varlen(*packed, at.cu, at.cu, at.length, at.length, window_size=at.window, **options), q)
 
     return call
 
 
-def _ours_varlen(at: Setting, engine: str, rate: str) -> Call:
-    mask, gqa = stablemask(at.gammas[rate], length=at.length), _gqa(at)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = varlen_attn(
-            rows_THD(q), rows_THD(k), rows_THD(v), at.cu, at.cu, at.length, at.length,
-            window_size=_window(at), enable_gqa=gqa, score_mod=mask,
-        )  # fmt: skip
-        return like_BHSD(cast(Tensor, out), q)
-
-    return call
-
-
-def _one_by_one(at: Setting) -> Call:
+def _one_by_one(at: Setup) -> Call:
     """SDPA on each document: PyTorch has no packed attention on a CPU."""
-    gqa = _gqa(at)
+    gqa = at.gqa
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(*(x.split(at.lengths, 2) for x in (q, k, v)), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=gqa) for part in parts], 2)
 
     return call
+
+
+PAIR_OF: dict[str, tuple[Callable[..., Call], Callable[..., Call]]] = {
+    "varlen": (_varlen, _ours_varlen),
+    "flex": (_flex, _ours_flex),
+}
 
 
 def rows_THD(x_BHSD: Tensor) -> Tensor:
@@ -217,13 +212,6 @@ def rows_THD(x_BHSD: Tensor) -> Tensor:
 
 def like_BHSD(x_THD: Tensor, q_BHSD: Tensor) -> Tensor:
     return x_THD.unflatten(0, (q_BHSD.shape[0], q_BHSD.shape[2])).transpose(1, 2)
-
-
-PAIR_OF: dict[str, tuple[Callable[..., Call], Callable[..., Call]]] = {
-    "varlen": (_varlen, _ours_varlen),
-    "flex": (_flex, _ours_flex),
-    "flex FLASH": (_flex, _ours_flex),
-}
 
 
 def _alibi(slopes: Tensor) -> Callable[..., Tensor]:
@@ -243,12 +231,12 @@ def _block_mask(case: Case, lengths: list[int], device: torch.device) -> BlockMa
     def packed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= kv_idx) & (document[q_idx] == document[kv_idx])
 
-    mods = {"window": window, "packed": packed}
-    return create_block_mask(mods.get(case.kind, causal), None, None, total, total, device=str(device))
+    mask_mod = {"window": window, "packed": packed}.get(case.kind, causal)
+    return create_block_mask(mask_mod, None, None, total, total, device=str(device))
 
 
 def _attn_mask(case: Case, device: torch.device) -> Tensor | None:
-    """On a CPU a window and ALiBi reach SDPA as a mask, (S, S) bool or (1, H, S, S) in the dtype of the call."""
+    """A window or ALiBi as SDPA takes them on a CPU: (S, S) bool or (1, H, S, S) in the dtype of the call."""
     i = torch.arange(case.length, device=device).unsqueeze(1)
     j = torch.arange(case.length, device=device)
     if case.kind == "window":

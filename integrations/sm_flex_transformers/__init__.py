@@ -17,6 +17,7 @@ which attention a model was trained with: pass attn_implementation="stablemask" 
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from sm_flex_transformers import loading
 from sm_flex_transformers.attention import stablemask_attention
 from sm_flex_transformers.masks import stablemask_mask
 from sm_flex_transformers.schedule import GammaSchedule
@@ -26,3 +27,4 @@ __all__ = ["GammaSchedule", "stablemask_attention", "stablemask_mask"]
 AttentionInterface.register("stablemask", stablemask_attention)
 # Without a mask function of the same name Transformers passes no mask at all: padding and packing would be lost in silence.
 AttentionMaskInterface.register("stablemask", stablemask_mask)
+loading.install()

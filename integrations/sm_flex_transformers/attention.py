@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import masks, requests
+from sm_flex_transformers import keywords, layer_masks, masks
 
 
 def stablemask_attention(
@@ -25,45 +25,50 @@ def stablemask_attention(
 ) -> tuple[Tensor, None]:
     """StableMask attention (eq. 11) of one layer, with gamma and the training length from module.config.stablemask.
 
-    The mass goes by position_ids, so padding, packed rows, chunks and caches give the rows of one full pass; who sees whom
+    The mass goes by position_ids, so padding, packed rows, chunks and caches give the rows of one full pass. Who sees whom
     goes by attention_mask.
 
     Args:
         query: (B, H, S, D). key, value: (B, Hkv, T, D), the cache included.
         attention_mask: what stablemask_mask made, or a user's own (B, 1, S, T): bool, or float with 0 and the minimum. None is
-            plain causal attention; T > S then means a static cache whose later slots are still empty.
-        position_ids: (B, S) or (1, S), each token's position in its own sequence.
+            plain causal attention; more keys than positions then means a static cache whose later slots are still empty.
+        position_ids: (B, S) or (1, S), each token's position in its own sequence. Where there are more of them than queries,
+            the model has dropped rows (Gemma 4 before its layers with shared keys): the last ones are those of the queries.
         softcap: tanh(score / softcap) * softcap on the real scores (Gemma 2).
+        kwargs: whatever else the model hands its attention: harmless, a selection of keys, or refused (keywords.py).
 
     Returns:
         (B, S, H, D), and None: there are no attention weights.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
-            sinks, a bias on the scores, missing or multi-axis position_ids.
+            sinks, a bias on the scores, missing or multi-axis position_ids, a keyword that is not known.
     """
-    _refuse(module, is_causal, position_ids, kwargs)
+    _check(module, is_causal, position_ids, kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if attention_mask is None and 1 < num_queries < num_keys:
-        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-        num_keys = num_queries
-    visible = masks.visible_keys(attention_mask, num_queries, num_keys)
-    if position_ids is None and (visible is not None or num_queries != num_keys):
-        raise ValueError(
-            f"{type(module).__name__} passes no position_ids to its attention, so stablemask cannot place padded or cached "
-            "tokens: call it without padding and without a cache"
-        )
-    positions = position_ids
-    if position_ids is not None and visible is not None:
-        positions = masks.from_first_token(position_ids, visible, num_keys)
-    if position_ids is not None and num_queries == num_keys > 1:
-        visible = masks.within_documents(visible, position_ids)
+    num_positions = num_queries if position_ids is None else position_ids.shape[1]
+    if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
+        key, value = key[:, :, :num_positions], value[:, :, :num_positions]
+        num_keys = num_positions
+    seen = masks.read(attention_mask, num_queries, num_keys)
+    if position_ids is None:
+        _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
+    positions, visible = position_ids, seen.visible
+    if position_ids is not None:
+        positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
+        visible = masks.within_documents(seen, position_ids, num_queries, num_keys)
     if visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
-        raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 in each document: pass those too")
+        raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
+    selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
+    if selected is not None:
+        keywords.check_selected_within(module, seen.visible, visible)
+        visible = selected if visible is None else visible & selected
+    if visible is None and 1 < num_queries < num_keys:  # rows were dropped: those left are the last
+        visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
     if softcap is None and positions is position_ids:
-        mask = requests.shared(module, position_ids, query.device)
+        mask = layer_masks.cached(module, position_ids, query)
     else:
-        mask = requests.new(module, positions, query.device, _soft_capping(softcap))
+        mask = layer_masks.make(module, positions, query, _soft_capping(softcap))
     out = scaled_dot_product_attention(
         query, key, value,
         attn_mask=visible, dropout_p=dropout, is_causal=visible is None and num_queries > 1, scale=scaling, enable_gqa=True,
@@ -72,19 +77,25 @@ def stablemask_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module: nn.Module, is_causal: bool | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _check(module: nn.Module, is_causal: bool | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
     config: Any = module.config
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(f"stablemask serves decoder-only models, got {type(config).__name__}, an encoder-decoder")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"stablemask is causal and {type(module).__name__} is not: use another attn_implementation")
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise NotImplementedError("output_attentions=True: stablemask never forms the attention weights")
-    for name, what in (("s_aux", "attention sinks"), ("position_bias", "a bias on the scores")):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} has {what} ({name}), which stablemask does not take")
+    keywords.check(module, kwargs)
     if position_ids is not None and position_ids.dim() != 2:
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
+
+
+def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:
+    """Without position_ids only a plain call is served: the positions 0..S-1, no mask and no cache."""
+    if masked or masks.lost_positions(num_queries):
+        raise ValueError(
+            f"{type(module).__name__} got no position_ids, and this call has a mask, a cache or positions of its own, so "
+            "stablemask cannot tell where its rows are: pass position_ids to the model. Where that does not help, the model does "
+            "not hand them to its attention, and only its plain calls are served"
+        )
 
 
 def _soft_capping(softcap: float | None) -> ScoreMod | None:

@@ -1,30 +1,52 @@
 """Which key each query sees: the mask function that Transformers calls once a forward, and masks that a user made.
 
-Dimension letters: B sequences, S queries, T keys.
+Dimension letters: B sequences, S queries, P positions (S, or more where the model dropped rows), T keys.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from sm_flex_transformers.interface import check_model_type
 
 NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
 
 
 class Padding(NamedTuple):
-    """Of a mask that stablemask_mask made: padding slots before each row's first token (B, 1), and each query's slot (S,)."""
+    """Of a mask that stablemask_mask made from a 2-D padding mask."""
 
-    before: Tensor
-    slots: Tensor
+    before_B1: Tensor  # padding slots before each row's first token
+    slots_P: Tensor  # each query's slot
+    real_BP: Tensor  # whether a query is a token
 
 
+class Seen(NamedTuple):
+    """Who sees whom in a layer's call, and what is known of it."""
+
+    visible: Tensor | None  # bool (B, 1, S, T); None: plain causal attention
+    by_user: bool  # a mask that the user made
+    masked: bool  # the model was called with a 2-D attention_mask, padding or not
+    padding: Padding | None
+
+
+class _Forward:
+    """What a layer is not handed, of the forward that is running."""
+
+    masked = False  # whether stablemask_mask was given a 2-D attention_mask: where it returns None, nothing else tells
+    position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
+
+
+_FORWARD = _Forward()
 # Every layer of a forward is handed the same tensors, and reading one on a GPU waits for it: what was found out is kept.
-_MADE = WeakIdKeyDictionary()  # masks of stablemask_mask, each with its Padding or None
-_RESTARTS = WeakIdKeyDictionary()  # position ids: (version, whether a row holds another 0)
+# Masks of stablemask_mask, by their memory, since a model may hand on a slice.
+_MADE: dict[StorageWeakRef, Seen] = {}
+_RESTARTS = WeakIdKeyDictionary()  # position ids: (version, masked, padding, whether a document starts within)
 
 
 def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -34,53 +56,76 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         NotImplementedError: the mask is bidirectional, or lets some query see a later key (a StableMask is causal); or the model
             does not use Transformers' attention interface, so that its attention would go on without StableMask or a mask.
     """
-    model_type = kwargs["config"].model_type
-    if not uses_the_interface(model_type):
-        raise NotImplementedError(
-            f"{model_type} models do not use Transformers' attention interface: attn_implementation has no effect on them"
-        )
+    check_model_type(kwargs["config"].model_type)
     if "allow_is_bidirectional_skip" in kwargs:
         raise NotImplementedError(
-            "stablemask is causal and this layer asks for a bidirectional mask: use another attn_implementation for encoders"
+            "stablemask is causal and this model asks for a bidirectional mask, as encoders and cross-attention do: use another "
+            "attn_implementation"
         )
-    mask = sdpa_mask(*args, **kwargs)
-    if mask is None or torch.compiler.is_compiling():
+    mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
+    _FORWARD.masked = padding is not None
+    if mask is None or not has_values(mask):
         return mask
-    first_query, num_queries, padding = kwargs.get("q_offset", 0), mask.shape[2], kwargs.get("attention_mask")
+    first_query, num_queries = kwargs.get("q_offset", 0), mask.shape[2]
     # A single new token has no later key, and to look would wait for the GPU in every decode step.
     if num_queries > 1:
         _check_causal(mask, int(first_query) - int(kwargs.get("kv_offset", 0)))
-    if padding is None:
-        _MADE[mask] = None
-    else:
-        before = (padding.cumsum(-1) == 0).sum(-1, keepdim=True)
-        _MADE[mask] = Padding(before, torch.arange(num_queries, device=mask.device) + first_query)
+    for memory in [memory for memory in tuple(_MADE) if memory.expired()]:
+        _MADE.pop(memory, None)
+    made = Seen(None, False, padding is not None, None if padding is None else _padding(padding, first_query, num_queries))
+    _MADE[StorageWeakRef(mask.untyped_storage())] = made
     return mask
 
 
-@torch._dynamo.assume_constant_result
-def uses_the_interface(model_type: str) -> bool:
-    """Whether Transformers' own models of this type look their attention up; a type that it does not know is trusted."""
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
-        return True
-    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    return all(x._can_set_attn_implementation() for x in (found if isinstance(found, (list, tuple)) else [found]))
+def note_position_ids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of models, for those whose attention is handed no position_ids."""
+    if not torch.compiler.is_compiling():
+        given = kwargs.get("position_ids")
+        _FORWARD.position_ids = weakref.ref(given) if isinstance(given, Tensor) else None
 
 
-def visible_keys(mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
-    """What a layer was given as a bool mask (B, 1, S, T); a mask that the user made may be a float padding mask."""
+def lost_positions(num_queries: int) -> bool:
+    """Whether the model was called with position_ids other than 0..S-1. For a layer that is handed none."""
+    given = None if _FORWARD.position_ids is None else _FORWARD.position_ids()
+    if given is None or torch.compiler.is_compiling() or not has_values(given):
+        return False
+    return given.shape[-1] == num_queries and not bool((given == torch.arange(num_queries, device=given.device)).all())
+
+
+def _padding(mask_BT: Tensor, first_query: int | Tensor, num_queries: int) -> Padding:
+    before_B1 = (mask_BT.cumsum(-1) == 0).sum(-1, keepdim=True)
+    slots_P = torch.arange(num_queries, device=mask_BT.device) + first_query
+    known = mask_BT.shape[1] - 1  # slots behind the 2-D mask are padding to Transformers
+    real_BP = mask_BT.index_select(1, slots_P.clamp(max=known)).bool() & (slots_P <= known)
+    return Padding(before_B1, slots_P, real_BP)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the values of x can be looked at: it is not traced, not fake and not on the meta device."""
+    return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
+
+
+def read(mask: Tensor | None, num_queries: int, num_keys: int) -> Seen:
+    """What a layer was given. A mask that the user made may be a float padding mask."""
     if mask is None:
-        return None
-    if torch.compiler.is_compiling():
-        if mask.dtype != torch.bool:
-            raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
-        if num_queries > 1:
-            torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
-        return mask
-    return mask if mask in _MADE else _read(mask, num_queries, num_keys)
+        return Seen(None, False, _FORWARD.masked, None)
+    if not has_values(mask):
+        return Seen(_traced(mask, num_queries, num_keys), False, _FORWARD.masked, None)
+    made = _MADE.get(StorageWeakRef(mask.untyped_storage()))
+    if made is not None:
+        return made._replace(visible=mask)
+    return Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
 
 
-def _read(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
+def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
+    if num_queries > 1 and torch.compiler.is_compiling():
+        torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
+    return mask
+
+
+def _as_bool(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
     if mask.dim() != 4 or mask.shape[-2:] != (num_queries, num_keys):
         raise ValueError(
             f"a custom attention mask must be (B, 1, S, T) with S={num_queries} and T={num_keys}, got {tuple(mask.shape)}"
@@ -90,8 +135,9 @@ def _read(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
         visible = mask == 0
         if not (visible | (mask <= torch.finfo(mask.dtype).min)).all():
             raise NotImplementedError(
-                "a float attention mask must hold 0 where a key is visible and the dtype's minimum or -inf where it is not: "
-                "stablemask takes no additive bias this way, use sm_flex.stablemask(..., score_mod=...) in a model of your own"
+                "a float attention mask, passed to the model or made by it, must hold 0 where a key is visible and the dtype's "
+                "minimum or -inf where it is not: stablemask takes no additive bias this way, use "
+                "sm_flex.stablemask(..., score_mod=...) in a model of your own"
             )
     elif mask.dtype != torch.bool:
         raise TypeError(f"a custom attention mask must be bool or floating, got {mask.dtype}")
@@ -105,49 +151,76 @@ def _check_causal(visible: Tensor, offset: int) -> None:
         raise NotImplementedError(NOT_CAUSAL)
 
 
-def within_documents(visible: Tensor | None, position_ids: Tensor) -> Tensor | None:
-    """visible, narrowed to each row's documents where position_ids restart at 0; for a call that holds whole sequences.
+def positions_of(seen: Seen, position_ids: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """The queries' positions (B|1, S), counted from each row's first real token where they are Transformers' default.
 
-    Transformers finds packed rows itself only where there is no cache, and a forward without gradients makes one.
+    The default is the slot, whatever the padding before it. Relative encodings do not notice, the mass would. A row all of
+    whose tokens are at their slots has it; any other row's position_ids are taken at their word.
     """
-    if not torch.compiler.is_compiling():  # there neither can be asked
-        by_the_user = visible is not None and visible not in _MADE
-        if by_the_user or not _restarts(position_ids):
-            return visible
-    starts_BS = position_ids == 0
-    if visible is not None:  # padding is given position 0 as well
-        starts_BS = starts_BS & _real(visible)
-    document_BS = starts_BS.cumsum(-1)
-    same_B1SS = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-    return same_B1SS if visible is None else visible & same_B1SS
+    num_positions, visible, padding = position_ids.shape[1], seen.visible, seen.padding
+    whole = num_positions == num_queries == num_keys
+    if padding is None and visible is not None and whole and (seen.by_user or not has_values(visible)):
+        real_BP = _real(visible)  # the mask itself must tell what is padding
+        slots_P = torch.arange(num_positions, device=position_ids.device)
+        padding = Padding(real_BP.int().argmax(dim=1, keepdim=True), slots_P, real_BP)
+    if padding is not None:
+        default_B1 = ((position_ids == padding.slots_P) | ~padding.real_BP).all(-1, keepdim=True)
+        position_ids = torch.where(default_B1, (position_ids - padding.before_B1).clamp(min=0), position_ids)
+    return position_ids if num_positions == num_queries else position_ids[:, num_positions - num_queries :]
 
 
-def _restarts(position_ids: Tensor) -> bool:
+def within_documents(seen: Seen, position_ids: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
+    """seen.visible, narrowed to each row's documents; for a call that holds whole sequences.
+
+    Transformers finds packed rows itself only where there is no cache, and a forward makes one by default.
+    """
+    visible, num_positions = seen.visible, position_ids.shape[1]
+    if num_positions != num_keys or num_positions == 1:
+        return visible
+    readable = has_values(position_ids) and (visible is None or has_values(visible))
+    if seen.by_user and readable:
+        return visible
+    real_BP = None if seen.padding is None else seen.padding.real_BP
+    if not readable and visible is not None:
+        real_BP = _real(visible)
+    starts_BP = _document_starts(position_ids, seen.masked, real_BP)
+    if readable and not _any_start(position_ids, seen, starts_BP):
+        return visible
+    document_BP = starts_BP.cumsum(-1)
+    same_B1ST = document_BP[:, None, num_positions - num_queries :, None] == document_BP[:, None, None, :]
+    return same_B1ST if visible is None else visible & same_B1ST
+
+
+def _document_starts(position_ids: Tensor, masked: bool, real_BP: Tensor | None) -> Tensor:
+    """(B|1, P), True where a new document starts within the row.
+
+    Without a 2-D attention_mask that is any position that is not its predecessor + 1, as Transformers has it. With one it is
+    a token at 0, or before its predecessor: positions may then have gaps.
+    """
+    slots_P = torch.arange(position_ids.shape[1], device=position_ids.device)
+    # roll() and not slices, whose length S - 1 an exported graph would be told is never 1.
+    before = position_ids.roll(1, dims=-1)
+    if not masked:
+        return (position_ids != before + 1) & (slots_P > 0)
+    inner = slots_P > 0
+    if real_BP is not None:
+        last_real_BP = torch.where(real_BP, slots_P, -1).cummax(-1).values.roll(1, dims=-1)
+        before = position_ids.expand(real_BP.shape[0], -1).gather(1, last_real_BP.clamp(min=0))
+        inner = inner & real_BP & (last_real_BP >= 0)
+    return ((position_ids < before) | (position_ids == 0)) & inner
+
+
+def _any_start(position_ids: Tensor, seen: Seen, starts_BP: Tensor) -> bool:
     if position_ids.is_inference() or position_ids.device.type == "cpu":  # cheap to look at, and not every write has a version
-        return bool((position_ids[:, 1:] == 0).any())
-    if position_ids not in _RESTARTS or _RESTARTS[position_ids][0] != position_ids._version:
-        _RESTARTS[position_ids] = (position_ids._version, bool((position_ids[:, 1:] == 0).any()))
-    return _RESTARTS[position_ids][1]
-
-
-def from_first_token(position_ids: Tensor, visible: Tensor, num_keys: int) -> Tensor:
-    """Positions (B, S) counted from each row's first real token.
-
-    Transformers' default is the slot, whatever the padding before it. Relative encodings do not notice, the mass would: a
-    position that is its slot is counted from the first real token. Any other position ids are taken at their word.
-    """
-    padding = None if torch.compiler.is_compiling() else _MADE.get(visible)
-    num_queries = position_ids.shape[1]
-    if padding is None and num_queries != num_keys:  # a cached step compiled, or with a mask that the user made
-        return position_ids
-    if padding is None:
-        before_B1 = _real(visible).int().argmax(dim=1, keepdim=True)
-        slots_S = torch.arange(num_queries, device=position_ids.device)
-    else:
-        before_B1, slots_S = padding
-    return torch.where(position_ids == slots_S, (position_ids - before_B1).clamp(min=0), position_ids)
+        return bool(starts_BP.any())
+    version, masked, padding, answer = _RESTARTS.get(position_ids) or (None, None, None, False)
+    if version != position_ids._version or masked != seen.masked or padding is not seen.padding:
+        answer = bool(starts_BP.any())
+        _RESTARTS[position_ids] = (position_ids._version, seen.masked, seen.padding, answer)
+    return answer
 
 
 def _real(visible: Tensor) -> Tensor:
-    """(B, S), of whole sequences: a padding slot does not even see itself."""
-    return visible[:, 0].diagonal(dim1=-2, dim2=-1)
+    """(B, T): a padding slot does not even see itself; of rows that were dropped, what the others see is all that counts."""
+    rows_BST = visible[:, 0]
+    return rows_BST.diagonal(dim1=-2, dim2=-1) if rows_BST.shape[-2] == rows_BST.shape[-1] else rows_BST.any(1)

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sm_flex import headwise_gamma
+from sm_flex_transformers import settings
 
 
 class GammaSchedule(TrainerCallback):
@@ -51,7 +52,7 @@ class GammaSchedule(TrainerCallback):
                 f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
                 'load it so, or model.set_attn_implementation("stablemask")'
             )
-        given = (getattr(config, "stablemask", None) or {}).get("gamma", self.target)
+        given = (settings.asked(config) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.
         if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
             raise ValueError(
@@ -64,4 +65,4 @@ class GammaSchedule(TrainerCallback):
 
     def _set(self, state: Any, config: Any) -> None:
         gamma = self.gamma(state.global_step, config.num_attention_heads)
-        config.stablemask = {**(getattr(config, "stablemask", None) or {}), "gamma": gamma}
+        config.stablemask = {**(settings.asked(config) or {}), "gamma": gamma}

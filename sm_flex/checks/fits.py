@@ -56,5 +56,7 @@ def _check_per_head(name: str, x: Tensor, heads: int, device: torch.device, way_
 def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:
     if positions.device != device:
         raise ValueError(f"{name} must be on the device of query, {device}, got {positions.device}")
-    if tuple(positions.shape) not in ((count,), (batch, count)):
+    # Only sizes of the same dimension are compared: an exported graph would be told that S is never B.
+    fits = positions.shape[-1] == count and (positions.dim() == 1 or (positions.dim() == 2 and positions.shape[0] == batch))
+    if not fits:
         raise ValueError(f"{name} must be ({count},) or ({batch}, {count}), got {tuple(positions.shape)}")

@@ -2,7 +2,7 @@
 
     python -m sm_flex.testing my_module:my_attention [--max-examples N] [--dtype bfloat16] [--device cuda] [--no-grads]
 
-Prints each law as it is decided, then the smallest request that breaks one, as code. Exit code 0: no law failed; 1: some
+Prints each law as it is decided, then the smallest problem that breaks one, as code. Exit code 0: no law failed; 1: some
 did; 2: bad input.
 """
 
@@ -47,8 +47,8 @@ def load(target: str) -> Callable[..., Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m sm_flex.testing", description="Is this function StableMask?")
-    parser.add_argument("target", metavar="module:function", help="called as sm_flex/testing/answer.py says")
-    parser.add_argument("--max-examples", type=int, default=50, metavar="N", help="requests a law (default %(default)s)")
+    parser.add_argument("target", metavar="module:function", help="called as sm_flex/testing/contract.py says")
+    parser.add_argument("--max-examples", type=int, default=50, metavar="N", help="problems per law (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where they are (default %(default)s)")
     parser.add_argument("--no-grads", action="store_true", help="for an inference kernel")

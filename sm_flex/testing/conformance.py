@@ -1,45 +1,50 @@
-"""check_attention: is this function StableMask? Every law, on requests that hypothesis draws and shrinks.
+"""check_attention: is this function StableMask? Every law, on problems that hypothesis draws and shrinks.
 
     from sm_flex.testing import check_attention
     print(check_attention(my_attention))  # raises NotStableMask where a law fails
 
-answer.py says how my_attention is called. A law that it cannot express is not run, and is listed as that.
+contract.py says how my_attention is called. A law that it cannot express is not run, and is listed as that.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from sm_flex.testing.answer import Attention
+from sm_flex.testing.contract import Attention
 from sm_flex.testing.laws import LAWS, Check
-from sm_flex.testing.request import Request
+from sm_flex.testing.old_names import renamed
+from sm_flex.testing.problem import Problem
 
-# Large and regular, for kernels that want that: what of a request does fn refuse?
-PROBE = Request(batch=2, heads=4, kv_heads=4, num_queries=128, num_keys=128, head_dim=64, length=256)
+# Large and regular, for kernels that want that: which FEATURES of a problem does fn refuse?
+PROBE = Problem(batch=2, heads=4, kv_heads=4, num_queries=128, num_keys=128, head_dim=64, length=256)
 PROBES: dict[str, dict[str, Any]] = {
     "grouped": {"kv_heads": 2},
     "positions": {"starts": (0,)},
     "visible": {"window": 64},
     "scale": {"scale": 0.5},
+    "sink": {"sink": 0.0},
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one law: how many requests it held for, how many fn refused, why it failed or was not run."""
+    """What became of one law: how many problems it held for, how many fn refused, why it failed or was not run."""
 
     law: str
     status: Literal["passed", "failed", "not run"]
-    requests: int = 0
+    problems: int = 0
     refused: int = 0
     why: str = ""
-    request: Request | None = None
+    problem: Problem | None = None
     code: str = ""
 
+    request, requests = renamed("request", "problem"), renamed("requests", "problems")
+
     def __str__(self) -> str:
-        count = f"{self.requests} requests" + (f", {self.refused} more refused by fn" if self.refused else "")
+        count = f"{self.problems} problems" + (f", {self.refused} more refused by fn" if self.refused else "")
         return f"{self.status:8} {self.law:38} {count if self.status == 'passed' else self.why}"
 
 
@@ -71,16 +76,16 @@ class Report:
 
     @property
     def counterexamples(self) -> str:
-        """For each law that failed, the smallest request found that breaks it, as code."""
+        """For each law that failed, the smallest problem found that breaks it, as code."""
         broken = (result for result in self.results if result.status == "failed")
-        return "".join(f"\nThe smallest request found that breaks {x.law}:\n\n{x.code}\n" for x in broken)
+        return "".join(f"\nThe smallest problem found that breaks {x.law}:\n\n{x.code}\n" for x in broken)
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *map(str, self.results), self.counterexamples]).rstrip()
 
 
 class NotStableMask(AssertionError):
-    """A law failed; ``report`` says which, and with what request."""
+    """A law failed; ``report`` says which, and with what problem."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(str(report))
@@ -98,19 +103,20 @@ def check_attention(
     """Run every law of StableMask (sm_flex.testing.laws.LAWS) against fn.
 
     Args:
-        fn: fn(q, k, v, *, gamma, length, positions, visible, scale) -> out or (out, lse), as sm_flex/testing/answer.py says.
-            What it does not do it refuses with NotImplementedError; those laws are not run.
+        fn: fn(q, k, v, *, gamma, length, positions, visible, scale) -> out or (out, lse), as sm_flex/testing/contract.py says.
+            What it does not do it refuses with NotImplementedError; those laws are not run, nor are those about sinks
+            where its signature has no `sink`.
         grads: also its gradients (False: an inference kernel).
-        dtype: of q, k and v. float64 is held to 1e-10, others to the budget of sm_flex/testing/judge.py.
-        device: where the requests are, and the oracle runs: one that has float64.
-        max_examples: requests a law. The same call draws the same requests.
+        dtype: of q, k and v. float64 is held to 1e-10, others to the budget of sm_flex/testing/tolerance.py.
+        device: where the problems are, and the oracle runs: one that has float64.
+        max_examples: problems per law. The same call draws the same problems.
 
     Returns:
         The Report, if no law failed.
 
     Raises:
-        NotStableMask: an AssertionError, whose message is the report with the smallest failing request of each law as code.
-        ModuleNotFoundError: hypothesis is not installed (pip install 'sm-flex[test]').
+        NotStableMask: an AssertionError, whose message is the report with the smallest failing problem of each law as code.
+        ModuleNotFoundError: hypothesis is not installed (pip install 'sm-flex[testing]').
     """
     results = tuple(each_law(fn, grads=grads, dtype=dtype, device=device, max_examples=max_examples))
     report = Report(f"{name_of(fn)}, {str(dtype).removeprefix('torch.')} on {device}", results)
@@ -123,20 +129,20 @@ def each_law(
     fn: Attention, *, grads: bool, dtype: torch.dtype, device: str, max_examples: int, seed: int = 0
 ) -> Iterator[Result]:
     """The result of each law, as soon as it is known."""
-    for name, law, requests, why_not in plan(fn, grads=grads, dtype=dtype, device=device):
-        yield Result(name, "not run", why=why_not) if why_not else search(name, law, fn, requests, max_examples, seed)
+    for name, law, problems, why_not in plan(fn, grads=grads, dtype=dtype, device=device):
+        yield Result(name, "not run", why=why_not) if why_not else search(name, law, fn, problems, max_examples, seed)
 
 
 def plan(fn: Attention, *, grads: bool, dtype: torch.dtype, device: str) -> list[tuple[str, Check, Any, str]]:
-    """Each law with the requests to draw for it, of what fn does not refuse, or why it cannot be run."""
-    from sm_flex.testing.strategies import requests
+    """Each law with the problems to draw for it, of what fn does not refuse, or why it cannot be run."""
+    from sm_flex.testing.strategies import problems
 
     refused, steps = refusals(fn, dtype, device), []
     for name, law in LAWS.items():
         missing = [f"fn refuses {feature}: {refused[feature]}" for feature in law.needs if feature in refused]
         if law.gradient and not grads:
             missing = ["grads=False"]
-        drawn = requests(
+        drawn = problems(
             takes=[feature for feature in law.takes if feature not in refused],
             needs=[] if missing else law.needs,
             finite_gamma=law.finite_gamma,
@@ -148,25 +154,35 @@ def plan(fn: Attention, *, grads: bool, dtype: torch.dtype, device: str) -> list
 
 
 def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:
-    """The FEATURES that fn refuses, each with its reason. A fn that refuses the plain request too refuses something else."""
+    """The FEATURES that fn refuses, each with its reason. A fn that refuses the plain problem too refuses something else."""
     found: dict[str, str] = {}
     for feature, changes in {"": {}, **PROBES}.items():
-        request = PROBE.but(**changes, dtype=dtype, device=device)
-        arguments = request.arguments
+        if feature == "sink" and not _names_sink(fn):
+            found[feature] = "its signature does not name it"
+            continue
+        arguments = PROBE.replace(**changes, dtype=dtype, device=device).arguments
         q, k, v = (arguments.pop(name) for name in "qkv")
         try:
             fn(q, k, v, **arguments)
         except NotImplementedError as error:
             if not feature:
-                return {}
+                return {} if _names_sink(fn) else {"sink": "its signature does not name it"}
             found[feature] = _line(error)
         except Exception:
             continue  # not a refusal: the law that is about it fails with it
     return found
 
 
-def search(name: str, law: Check, fn: Attention, requests: Any, max_examples: int, seed: int = 0) -> Result:
-    """The law on requests drawn from a strategy: passed, not run where fn refused all, or failed with the smallest found."""
+def _names_sink(fn: Attention) -> bool:
+    """An fn written before there were sinks may swallow unknown keywords: **kwargs alone does not count."""
+    try:
+        return "sink" in inspect.signature(fn).parameters
+    except ValueError:  # a builtin without a signature
+        return False
+
+
+def search(name: str, law: Check, fn: Attention, problems: Any, max_examples: int, seed: int = 0) -> Result:
+    """The law on problems drawn from a strategy: passed, not run where fn refused all, or failed with the smallest found."""
     import hypothesis
 
     ran, refusals, failure = 0, [], []
@@ -180,15 +196,15 @@ def search(name: str, law: Check, fn: Attention, requests: Any, max_examples: in
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
         report_multiple_bugs=False,
     )
-    @hypothesis.given(requests)
-    def hold(request: Request) -> None:
+    @hypothesis.given(problems)
+    def hold(problem: Problem) -> None:
         nonlocal ran
         try:
-            law(fn, request)
+            law(fn, problem)
         except NotImplementedError as error:
             refusals.append(_line(error))
         except Exception as error:
-            failure[:] = [request, error]
+            failure[:] = [problem, error]
             raise
         else:
             ran += 1
@@ -198,28 +214,28 @@ def search(name: str, law: Check, fn: Attention, requests: Any, max_examples: in
     except Exception as error:  # hypothesis' own, for a fn that fails now and then, or the last failure
         if not failure:
             raise
-        request, cause = failure
+        problem, cause = failure
         note = "" if error is cause else "; not on every call: fn is not deterministic"
         why = _line(cause) + note
-        return Result(name, "failed", ran, len(refusals), why, request, as_code(name, fn, request, why))
+        return Result(name, "failed", ran, len(refusals), why, problem, as_code(name, fn, problem, why))
     if not ran:
-        return Result(name, "not run", 0, len(refusals), refusals[0] if refusals else "no request was drawn")
+        return Result(name, "not run", 0, len(refusals), refusals[0] if refusals else "no problem was drawn")
     return Result(name, "passed", ran, len(refusals))
 
 
-def as_code(law: str, fn: Attention, request: Request, why: str) -> str:
-    """A program that checks the one law on the one request."""
+def as_code(law: str, fn: Attention, problem: Problem, why: str) -> str:
+    """A program that checks the one law on the one problem."""
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
     importable = module not in (None, "__main__") and name.isidentifier()
     fn_name = name if importable else "fn"
     lines = [
-        "from math import inf" if "inf" in repr(request) else "",
+        "from math import inf" if "inf" in repr(problem) else "",
         "import torch",
-        "from sm_flex.testing import Request, laws",
+        "from sm_flex.testing import Problem, laws",
         f"from {module} import {name}" if importable else "# fn is the function under test",
         "",
-        f"request = {request!r}",
-        f"laws.{law}({fn_name}, request)  # {why}",
+        f"problem = {problem!r}",
+        f"laws.{law}({fn_name}, problem)  # {why}",
     ]
     return "\n".join(line for i, line in enumerate(lines) if line or i)
 

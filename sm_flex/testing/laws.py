@@ -1,29 +1,31 @@
-"""The laws of StableMask, for anybody's attention: each a function law(fn, request) that raises AssertionError.
+"""The laws of StableMask, for anybody's attention: each a function law(fn, problem) that raises AssertionError.
 
-fn is as answer.py says. A law is stated on its own answers where it can be; how far two of them may be apart follows from
-the budget of each (judge.py). l and l' are the log-sum-exp of the real scores and of the whole row, s = exp(l - l') the real
-share of a row.
+fn is called as contract.py says. A law compares fn's outputs with one another where it can; how far two of them may be apart
+follows from the budget of each (tolerance.py). l and l' are the log-sum-exp of the real scores and of the whole row,
+s = exp(l - l') the real share of a row.
 """
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sm_flex.testing.answer import Answer, Attention, attend, needs_lse, same, solve
-from sm_flex.testing.compare import check
-from sm_flex.testing.judge import assert_within
-from sm_flex.testing.request import FEATURES, Request
+from sm_flex.testing.contract import Attention, Output, assert_agree, attend, reference, require_lse
+from sm_flex.testing.gradients import INPUTS, assert_matches_eq11
+from sm_flex.testing.problem import FEATURES, Problem
+from sm_flex.testing.tolerance import assert_within
 
-Check = Callable[[Attention, Request], None]
-MASKLESS = ("grouped", "scale")
+Check = Callable[[Attention, Problem], None]
+# What any law takes that draws positions and masks of its own; the laws about the mass of gamma alone take no sink.
+NO_SINK = ("grouped", "scale")
+BASIC = (*NO_SINK, "sink")
 
 
 class Law(NamedTuple):
-    """takes, needs: the FEATURES of a request that the law is stated for, and those that it is about."""
+    """takes, needs: the FEATURES of a problem that the law is stated for, and those that it is about."""
 
     check: Check
     takes: tuple[str, ...]
@@ -45,211 +47,230 @@ def law(
     return register
 
 
-def right(fn: Attention, request: Request) -> None:
-    truth = solve(request.arguments)
-    assert_within(attend(fn, request).out, truth.out, truth.out_budget, "out")
+def assert_right(fn: Attention, problem: Problem) -> None:
+    expected = reference(problem.arguments)
+    assert_within(attend(fn, problem).out, expected.out, expected.out_budget, "out")
 
 
 @law(takes=())
-def equation_11(fn: Attention, request: Request) -> None:
+def equation_11(fn: Attention, problem: Problem) -> None:
     """out = (softmax(A * C + P) * C) V, P = -j gamma right of the diagonal up to N, tau = -(p+1) gamma from N on (4.3)."""
-    right(fn, request)
+    assert_right(fn, problem)
 
 
-@law(takes=MASKLESS, needs=("grouped",))
-def grouped_heads(fn: Attention, request: Request) -> None:
+@law(takes=BASIC, needs=("grouped",))
+def grouped_heads(fn: Attention, problem: Problem) -> None:
     """GQA is attention with repeated key heads: query head h has key head h // (H / Hkv), and a gamma of its own."""
-    right(fn, request)
-    k, v = (request.arguments[name].repeat_interleave(request.heads // request.kv_heads, dim=1) for name in "kv")
-    same(attend(fn, request), attend(fn, request, k=k, v=v))
+    assert_right(fn, problem)
+    k, v = (problem.arguments[name].repeat_interleave(problem.heads // problem.kv_heads, dim=1) for name in "kv")
+    assert_agree(attend(fn, problem), attend(fn, problem, k=k, v=v))
 
 
-@law(takes=MASKLESS, needs=("positions",))
-def positions(fn: Attention, request: Request) -> None:
+@law(takes=BASIC, needs=("positions",))
+def positions(fn: Attention, problem: Problem) -> None:
     """Positions say what mass a row carries and nothing else: chunks of a cache, padding, rows beyond N (section 4.3)."""
-    right(fn, request)
+    assert_right(fn, problem)
 
 
 @law(needs=("visible",))
-def masks(fn: Attention, request: Request) -> None:
+def masks(fn: Attention, problem: Problem) -> None:
     """A mask narrows the causal slots and leaves the mass alone; a row that sees nothing has out 0 and l' = log M."""
-    right(fn, request)
+    assert_right(fn, problem)
 
 
 @law(takes=(), needs=("scale",))
-def scale(fn: Attention, request: Request) -> None:
+def scale(fn: Attention, problem: Problem) -> None:
     """The scale multiplies the real scores, and not the pseudo scores."""
-    right(fn, request)
+    assert_right(fn, problem)
+
+
+@law(takes=BASIC, needs=("sink",))
+def sink(fn: Attention, problem: Problem) -> None:
+    """A sink is one more pseudo column in every row: log M becomes logaddexp(log M, sink). A sink of -inf is none."""
+    assert_right(fn, problem)
+    none = {"sink": torch.full_like(problem.arguments["sink"], -math.inf)}
+    assert_agree(attend(fn, problem, **none), attend(fn, problem.replace(sink=None)))
 
 
 @law()
-def log_sum_exp(fn: Attention, request: Request) -> None:
+def log_sum_exp(fn: Attention, problem: Problem) -> None:
     """l' = logaddexp(l, log M), of the whole row of A_SM in eq. 8, -inf where there is neither key nor mass."""
-    truth = solve(request.arguments)
-    assert truth.lse is not None
-    assert_within(needs_lse(attend(fn, request)), truth.lse, truth.lse_budget, "lse")
+    expected = reference(problem.arguments)
+    assert expected.lse is not None
+    assert_within(require_lse(attend(fn, problem)), expected.lse, expected.lse_budget, "lse")
 
 
-@law(takes=("grouped", "positions", "scale"))
-def rows_sum_to_the_real_share(fn: Attention, request: Request) -> None:
+@law(takes=(*BASIC, "positions"))
+def rows_sum_to_the_real_share(fn: Attention, problem: Problem) -> None:
     """With v = 1, out is s = sigmoid(l - log M) in [0, 1] (alpha in section 4.2), and s = exp(l - l')."""
-    arguments = {**request.arguments, "v": torch.ones_like(request.arguments["v"])}
-    truth, answer = solve(arguments), attend(fn, request, v=arguments["v"])
-    assert_within(answer.out, truth.out, truth.out_budget, "share")
-    assert answer.out.min() >= 0, "a share below 0"
-    assert answer.out.max() <= 1 + truth.out_budget, "a share above 1"
-    if answer.lse is not None:
-        causal = solve({**arguments, "gamma": torch.full_like(arguments["gamma"], math.inf)}).lse
+    arguments = {**problem.arguments, "v": torch.ones_like(problem.arguments["v"])}
+    expected, output = reference(arguments), attend(fn, problem, v=arguments["v"])
+    assert_within(output.out, expected.out, expected.out_budget, "share")
+    assert output.out.min() >= 0, "a share below 0"
+    assert output.out.max() <= 1 + expected.out_budget, "a share above 1"
+    if output.lse is not None:
+        causal = reference({**arguments, "gamma": torch.full_like(arguments["gamma"], math.inf), "sink": None}).lse
         assert causal is not None
-        share = torch.exp(causal - answer.lse.double()).unsqueeze(-1).expand_as(answer.out)
-        assert_within(share, answer.out.double(), answer.out_budget + 2 * answer.lse_budget.unsqueeze(-1), "exp(l - l')")
+        share = torch.exp(causal - output.lse.double()).unsqueeze(-1).expand_as(output.out)
+        assert_within(share, output.out.double(), output.out_budget + 2 * output.lse_budget.unsqueeze(-1), "exp(l - l')")
 
 
-@law(takes=MASKLESS)
-def identical_tokens_tell_their_position(fn: Attention, request: Request) -> None:
+@law(takes=NO_SINK)
+def identical_tokens_tell_their_position(fn: Attention, problem: Problem) -> None:
     """Section 4.2: for identical tokens alpha_i rises with the row up to N-1, where it is 1, as far as rounding shows it."""
-    arguments = request.arguments
+    arguments = problem.arguments
     q, k = (arguments[name][:, :, :1].expand_as(arguments[name]).contiguous() for name in "qk")
     changes = {"q": q, "k": k, "v": torch.ones_like(arguments["v"])}
-    truth, answer = solve({**arguments, **changes}), attend(fn, request, **changes)
-    within = slice(0, request.length)
-    rise, true_rise = (x.out[:, :, within, 0].double().diff(dim=-1) for x in (answer, truth))
-    assert (rise >= -2 * truth.out_budget).all(), "alpha falls"
-    assert (rise[true_rise > 4 * truth.out_budget] > 0).all(), "alpha does not rise"
+    expected, output = reference({**arguments, **changes}), attend(fn, problem, **changes)
+    within = slice(0, problem.length)
+    rise, expected_rise = (x.out[:, :, within, 0].double().diff(dim=-1) for x in (output, expected))
+    assert (rise >= -2 * expected.out_budget).all(), "alpha falls"
+    assert (rise[expected_rise > 4 * expected.out_budget] > 0).all(), "alpha does not rise"
 
 
 @law()
-def no_row_sees_the_future(fn: Attention, request: Request) -> None:
+def no_row_sees_the_future(fn: Attention, problem: Problem) -> None:
     """A changed key and value leaves the rows before it bit-equal, and changes the rows from it on."""
-    changed = request.cut % request.num_keys
-    arguments = request.arguments
+    changed = problem.cut % problem.num_keys
+    arguments = problem.arguments
     k, v = arguments["k"].clone(), arguments["v"].clone()
     k[:, :, changed:] += 1.0
     v[:, :, changed:] += 3.0
-    before, after = attend(fn, request), attend(fn, request, k=k, v=v)
-    first = max(changed - (request.num_keys - request.num_queries), 0)  # the first query that sees slot `changed`
+    before, after = attend(fn, problem), attend(fn, problem, k=k, v=v)
+    first = max(changed - (problem.num_keys - problem.num_queries), 0)  # the first query that sees slot `changed`
     assert torch.equal(before.out[:, :, :first], after.out[:, :, :first]), f"a row before {first} saw slot {changed}"
     if before.lse is not None and after.lse is not None:
         assert torch.equal(before.lse[..., :first], after.lse[..., :first]), f"lse of a row before {first} saw slot {changed}"
-    difference = (solve({**arguments, "k": k, "v": v}).out - solve(arguments).out).abs().max()
+    difference = (reference({**arguments, "k": k, "v": v}).out - reference(arguments).out).abs().max()
     if difference > 2 * (before.out_budget + after.out_budget):
         assert not torch.equal(before.out, after.out), f"no row saw slot {changed}"
 
 
-@law(takes=MASKLESS)
-def a_prefix_has_a_prefix(fn: Attention, request: Request) -> None:
+@law(takes=BASIC)
+def a_prefix_has_a_prefix(fn: Attention, problem: Problem) -> None:
     """With N fixed a row depends on what is before it alone: not on the length of the call, nor of a cache."""
-    end = 1 + request.cut % request.num_keys
-    part = attend(fn, request, **{name: request.arguments[name][:, :, :end] for name in "qkv"})
-    same(attend(fn, request), part, slice(0, end))
+    end = 1 + problem.cut % problem.num_keys
+    part = attend(fn, problem, **{name: problem.arguments[name][:, :, :end] for name in "qkv"})
+    assert_agree(attend(fn, problem), part, slice(0, end))
 
 
-@law(takes=MASKLESS, needs=("positions",))
-def cached_steps_are_the_full_pass(fn: Attention, request: Request) -> None:
+@law(takes=BASIC, needs=("positions",))
+def cached_steps_are_the_full_pass(fn: Attention, problem: Problem) -> None:
     """Prefill, one decode step and a chunk, with positions, give the rows of one pass, below, at and beyond N (4.3)."""
-    request = request.but(starts=None, num_queries=request.num_keys)
-    q, k, v = (request.arguments[name] for name in "qkv")
-    whole = attend(fn, request)
-    middle = request.cut % request.num_keys
-    for start, end in pairwise(sorted({0, middle, middle + 1, request.num_keys})):
-        rows = torch.arange(start, end, device=request.device)
-        step = attend(fn, request, q=q[:, :, start:end], k=k[:, :, :end], v=v[:, :, :end], positions=rows)
-        same(whole, step, slice(start, end), f"rows {start}..{end - 1}")
+    problem = problem.replace(starts=None, num_queries=problem.num_keys)
+    q, k, v = (problem.arguments[name] for name in "qkv")
+    whole = attend(fn, problem)
+    middle = problem.cut % problem.num_keys
+    for start, end in pairwise(sorted({0, middle, middle + 1, problem.num_keys})):
+        rows = torch.arange(start, end, device=problem.device)
+        step = attend(fn, problem, q=q[:, :, start:end], k=k[:, :, :end], v=v[:, :, :end], positions=rows)
+        assert_agree(whole, step, slice(start, end), f"rows {start}..{end - 1}")
 
 
-@law(takes=MASKLESS, needs=("positions", "visible"))
-def packed_is_one_by_one(fn: Attention, request: Request) -> None:
+@law(takes=BASIC, needs=("positions", "visible"))
+def packed_is_one_by_one(fn: Attention, problem: Problem) -> None:
     """Documents laid one after another, positions restarting at 0, give what each gives alone."""
-    request = request.but(starts=None, num_queries=request.num_keys, window=-1, hidden=0.0)
-    packed = attend(fn, request)
-    for start, end in pairwise((0, *request.documents, request.num_keys)):
-        alone = {name: request.arguments[name][:, :, start:end] for name in "qkv"}
-        same(packed, attend(fn, request, **alone, positions=None, visible=None), slice(start, end), f"document at {start}")
+    problem = problem.replace(starts=None, num_queries=problem.num_keys, window=-1, hidden=0.0)
+    packed = attend(fn, problem)
+    for start, end in pairwise((0, *problem.documents, problem.num_keys)):
+        alone = {name: problem.arguments[name][:, :, start:end] for name in "qkv"}
+        assert_agree(
+            packed, attend(fn, problem, **alone, positions=None, visible=None), slice(start, end), f"document at {start}"
+        )
 
 
-@law(takes=MASKLESS, needs=("positions", "visible"))
-def padding_changes_nothing(fn: Attention, request: Request) -> None:
+@law(takes=BASIC, needs=("positions", "visible"))
+def padding_changes_nothing(fn: Attention, problem: Problem) -> None:
     """Slots of padding before a sequence, and unused ones after it, hidden by a mask; positions start at the first token."""
-    pad, unused = request.cut % 4, request.cut // 4 % 4
-    request = request.but(starts=None, documents=(), num_queries=request.num_keys, window=-1, hidden=0.0)
-    rows = slice(pad, pad + request.num_keys)
-    q, k, v = (torch.nn.functional.pad(request.arguments[name], (0, 0, pad, unused), value=3.0) for name in "qkv")
-    slots = torch.arange(q.shape[2], device=request.device)
+    pad, unused = problem.cut % 4, problem.cut // 4 % 4
+    problem = problem.replace(starts=None, documents=(), num_queries=problem.num_keys, window=-1, hidden=0.0)
+    rows = slice(pad, pad + problem.num_keys)
+    q, k, v = (torch.nn.functional.pad(problem.arguments[name], (0, 0, pad, unused), value=3.0) for name in "qkv")
+    slots = torch.arange(q.shape[2], device=problem.device)
     visible = (slots <= slots.unsqueeze(1)) & (slots >= rows.start) & (slots < rows.stop)
-    visible = visible.expand(request.batch, 1, -1, -1).contiguous()
-    padded = attend(fn, request, q=q, k=k, v=v, visible=visible, positions=(slots - pad).clamp(min=0))
-    same(padded, attend(fn, request), rows)
+    visible = visible.expand(problem.batch, 1, -1, -1).contiguous()
+    padded = attend(fn, problem, q=q, k=k, v=v, visible=visible, positions=(slots - pad).clamp(min=0))
+    assert_agree(padded, attend(fn, problem), rows)
 
 
-@law(takes=MASKLESS)
-def infinite_gamma_is_causal_attention(fn: Attention, request: Request) -> None:
+@law(takes=NO_SINK)
+def infinite_gamma_is_causal_attention(fn: Attention, problem: Problem) -> None:
     """gamma = inf leaves no mass: PyTorch's own causal scaled_dot_product_attention, in float64."""
-    answer = attend(fn, request.but(gamma=math.inf))
-    q, k, v = (request.arguments[name].double() for name in "qkv")
+    output = attend(fn, problem.replace(gamma=math.inf))
+    q, k, v = (problem.arguments[name].double() for name in "qkv")
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    causal = sdpa(q, k, v, is_causal=True, scale=request.scale, enable_gqa=True)
-    assert_within(answer.out, causal, answer.out_budget + 1e-10, "out")
+    causal = sdpa(q, k, v, is_causal=True, scale=problem.scale, enable_gqa=True)
+    assert_within(output.out, causal, output.out_budget + 1e-10, "out")
 
 
 @law()
-def batch_and_heads_are_independent(fn: Attention, request: Request) -> None:
-    """Permuting the batch, and whole groups of heads with their rates, permutes the answer."""
-    arguments, device = request.arguments, request.device
-    batch = torch.arange(request.batch, device=device).roll(1 + request.cut)
-    groups = request.heads // request.kv_heads
-    kv = torch.arange(request.kv_heads, device=device).roll(1 + request.cut)
+def batch_and_heads_are_independent(fn: Attention, problem: Problem) -> None:
+    """Permuting the batch, and whole groups of heads with their gammas and sinks, permutes the output."""
+    arguments, device = problem.arguments, problem.device
+    batch = torch.arange(problem.batch, device=device).roll(1 + problem.cut)
+    groups = problem.heads // problem.kv_heads
+    kv = torch.arange(problem.kv_heads, device=device).roll(1 + problem.cut)
     heads = (kv.unsqueeze(1) * groups + torch.arange(groups, device=device)).flatten()
     moved = {"q": arguments["q"][batch][:, heads], "k": arguments["k"][batch][:, kv], "v": arguments["v"][batch][:, kv]}
-    moved["gamma"] = arguments["gamma"][heads]
-    if request.positions is not None and request.positions.dim() == 2:
-        moved["positions"] = request.positions[batch]
-    if request.visible is not None:
-        moved["visible"] = request.visible[batch]
-    whole = attend(fn, request)
+    moved |= {name: arguments[name][heads] for name in ("gamma", "sink") if name in arguments}
+    if problem.positions is not None and problem.positions.dim() == 2:
+        moved["positions"] = problem.positions[batch]
+    if problem.visible is not None:
+        moved["visible"] = problem.visible[batch]
+    whole = attend(fn, problem)
     there = None if whole.lse is None else whole.lse[batch][:, heads]
-    same(
-        attend(fn, request, **moved),
-        Answer(whole.out[batch][:, heads], there, whole.out_budget, whole.lse_budget[batch][:, heads]),
+    assert_agree(
+        attend(fn, problem, **moved),
+        Output(whole.out[batch][:, heads], there, whole.out_budget, whole.lse_budget[batch][:, heads]),
     )
 
 
 @law()
-def linear_in_v(fn: Attention, request: Request) -> None:
+def linear_in_v(fn: Attention, problem: Problem) -> None:
     """out(a - 2b) = out(a) - 2 out(b), for a and b the values at even and at odd slots, which any dtype adds exactly."""
-    v = request.arguments["v"]
-    even = (torch.arange(request.num_keys, device=request.device) % 2 == 0).unsqueeze(-1)
-    a, b = attend(fn, request, v=v * even), attend(fn, request, v=v * ~even)
-    both = attend(fn, request, v=torch.where(even, v, -2 * v))
+    v = problem.arguments["v"]
+    even = (torch.arange(problem.num_keys, device=problem.device) % 2 == 0).unsqueeze(-1)
+    a, b = attend(fn, problem, v=v * even), attend(fn, problem, v=v * ~even)
+    both = attend(fn, problem, v=torch.where(even, v, -2 * v))
     budget = both.out_budget + a.out_budget + 2 * b.out_budget
     assert_within(both.out, a.out.double() - 2 * b.out.double(), budget, "out")
 
 
 @law(gradient=True)
-def gradients(fn: Attention, request: Request) -> None:
+def gradients(fn: Attention, problem: Problem) -> None:
     """dq, dk and dv of eq. 11: dS = P' * (dP - rowsum(dout * out)), for P' = exp(score - l')."""
-    _gradients(fn, request, learned_gamma=False)
+    _assert_gradients(fn, problem, constants=("gamma",))
 
 
 @law(gradient=True, finite_gamma=True)
-def gradient_of_gamma(fn: Attention, request: Request) -> None:
+def gradient_of_gamma(fn: Attention, problem: Problem) -> None:
     """d gamma of eq. 11, for a gamma that requires grad: d log M = -(1 - s) * rowsum(dout * out)."""
-    _gradients(fn, request, learned_gamma=True)
+    _assert_gradients(fn, problem)
+
+
+@law(takes=(*BASIC, "positions", "visible"), needs=("sink",), gradient=True)
+def gradient_of_sink(fn: Attention, problem: Problem) -> None:
+    """d sink of eq. 11, for a sink that requires grad: the sum over its rows of -exp(sink - l') * rowsum(dout * out)."""
+    _assert_gradients(fn, problem, constants=("gamma",), learned_sink=True)
 
 
 @law(gradient=True)
-def gradient_of_lse(fn: Attention, request: Request) -> None:
+def gradient_of_lse(fn: Attention, problem: Problem) -> None:
     """A loss that reaches l' too: dS gains P' * dlse, or the backward raises; never dropped in silence."""
-    needs_lse(attend(fn, request))
-    _gradients(fn, request, learned_gamma=False, with_lse_grad=True)
+    require_lse(attend(fn, problem))
+    _assert_gradients(fn, problem, constants=("gamma",), with_lse_grad=True)
 
 
-def _gradients(fn: Attention, request: Request, **options: bool) -> None:
-    arguments = request.arguments
-    q, k, v, gamma, length = (arguments[name] for name in ("q", "k", "v", "gamma", "length"))
-    kwargs = {name: arguments[name] for name in ("positions", "visible", "scale")}
+def _assert_gradients(fn: Attention, problem: Problem, learned_sink: bool = False, **options: Any) -> None:
+    kwargs = problem.arguments
+    inputs = [kwargs.pop(name) for name in INPUTS]
+    learned = {"sink": kwargs.pop("sink")} if learned_sink else {}
 
-    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor | None]:
-        answer = fn(q, k, v, gamma=gamma, length=length, **kwargs)
-        return answer if isinstance(answer, tuple) else (answer, None)
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor | None]:
+        returned = fn(q, k, v, gamma=gamma, **kwargs, **dict(zip(learned, extra, strict=True)))
+        return returned if isinstance(returned, tuple) else (returned, None)
 
-    check(run, [q, k, v, gamma], lambda: {"length": length, **kwargs}, by_terms=True, **options)
+    def oracle_kwargs(*extra: Tensor) -> dict[str, Any]:
+        return {**kwargs, **dict(zip(learned, extra, strict=True))}
+
+    assert_matches_eq11(run, [*inputs, *learned.values()], oracle_kwargs, sums_cancel=True, **options)

@@ -1,35 +1,43 @@
-"""hypothesis strategies: requests for StableMask attention, drawn as numbers and a seed.
+"""hypothesis strategies: problems for a StableMask attention, drawn as numbers and a seed.
 
 Dimensions are drawn, not tensor elements: a shrunken example is a small problem, and its tensors follow from the seed.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 try:
     from hypothesis import strategies as st
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("requests are drawn by hypothesis: pip install 'sm-flex[test]'", name="hypothesis") from error
+    raise ModuleNotFoundError("problems are drawn by hypothesis: pip install 'sm-flex[testing]'", name="hypothesis") from error
 
-from sm_flex.testing.request import FEATURES, Request
+from sm_flex.testing.old_names import find
+from sm_flex.testing.problem import FEATURES, Problem
 
 LENGTHS = st.sampled_from((1, 2, 3, 5, 8, 13, 31, 32, 33, 64, 67))
 HEADS = ((1, 1), (3, 1), (1, 3), (2, 2), (3, 2), (1, 4))  # key heads, and query heads to each
 HEAD_DIMS = st.sampled_from((1, 4, 7, 16, 64, 128))
-RATES = (0.5, 0.1, 0.0, 2.0**-8, 1e-8, 3.0)
+GAMMAS = (0.5, 0.1, 0.0, 2.0**-8, 1e-8, 3.0)
+SINKS = (0.0, -3.0, 1.5, 8.0, float("-inf"))
 
 
 @st.composite
 def gammas(draw: st.DrawFn, heads: int, finite: bool = False) -> float | tuple[float, ...]:
-    """One rate for all or one a head: 0, tiny, ordinary and, unless finite, 1e4 and inf."""
-    rate = st.sampled_from(RATES if finite else (*RATES, 1e4, float("inf")))
-    one_a_head = draw(st.booleans())
-    return tuple(draw(rate) for _ in range(heads)) if one_a_head else draw(rate)
+    """One gamma for all heads or one per head: 0, tiny, ordinary and, unless finite, 1e4 and inf."""
+    return draw(_for_heads(GAMMAS if finite else (*GAMMAS, 1e4, float("inf")), heads))
 
 
 @st.composite
-def requests(
+def _for_heads(draw: st.DrawFn, values: tuple[float, ...], heads: int) -> float | tuple[float, ...]:
+    value = st.sampled_from(values)
+    per_head = draw(st.booleans())
+    return tuple(draw(value) for _ in range(heads)) if per_head else draw(value)
+
+
+@st.composite
+def problems(
     draw: st.DrawFn,
     *,
     takes: Collection[str] = FEATURES,
@@ -37,8 +45,8 @@ def requests(
     finite_gamma: bool = False,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
-) -> Request:
-    """A request. takes: the FEATURES that it may have. needs: those that it has. finite_gamma: rates with a gradient."""
+) -> Problem:
+    """A problem. takes: the FEATURES that it may have. needs: those that it has. finite_gamma: no gamma of 1e4 or inf."""
 
     def has(feature: str) -> bool:
         return feature in needs or (feature in takes and draw(st.booleans()))
@@ -58,7 +66,7 @@ def requests(
             documents = tuple(sorted(draw(st.sets(st.integers(1, num_keys - 1), max_size=3))))
         window = draw(st.one_of(st.just(-1), st.integers(0, num_keys)))
         hidden = draw(st.sampled_from((0.0, 0.5) if documents or window != -1 else (0.5, 0.1)))
-    return Request(
+    return Problem(
         seed=draw(st.integers(0, 2**31)),
         batch=batch,
         heads=kv_heads * groups,
@@ -75,7 +83,12 @@ def requests(
         hidden=hidden,
         scale=draw(st.sampled_from((0.3, 1.0))) if has("scale") else None,
         spread=draw(st.sampled_from((1.0, 0.0, 5.0))),
+        sink=draw(_for_heads(SINKS, kv_heads * groups)) if has("sink") else None,
         cut=draw(st.integers(0, 99)),
         dtype=dtype,
         device=device,
     )
+
+
+def __getattr__(name: str) -> Any:
+    return find(name, {"requests": problems}, __name__)

@@ -1,50 +1,36 @@
-"""benchmarks.lm on a few short files: what it writes, that it learns, that it resumes, and what it refuses."""
+"""benchmarks.lm on a few short files: what it writes, that it learns and resumes, and what it refuses."""
 
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.lm import cli as lm
-from benchmarks.lm import tokens as lm_tokens
-from benchmarks.lm import train as lm_train
-from benchmarks.lm import why as lm_why
+from benchmarks.lm import cli, train, why
+from benchmarks.lm.model import Decoder
 from benchmarks.lm.presets import PRESETS, Size, parameters
-from benchmarks.lm.train import learning_rate, train
+from benchmarks.lm.train import TrainingRun, learning_rate
 from benchmarks.lm.variants import ALL
 from tests.helpers import ROOT
-from tests.helpers.lm import CPU, SMALL, corpus_of, piece_of, write_folder
+from tests.helpers.lm import SMALL, corpus_of, run_of, write_folder
 
 EVERY = [v.name for v in ALL]
 
 
-@pytest.fixture(autouse=True)
-def _on_one_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Tensors this small gain nothing from a second core, and lose much where that core is busy."""
-    monkeypatch.setattr(lm, "pick_device", lambda: CPU)
-    monkeypatch.setattr(lm_why, "pick_device", lambda: CPU)
-    monkeypatch.setattr(lm_tokens, "CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "text")
+def not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose figures nobody looks at."""
+    monkeypatch.setattr(cli.figures, "of_run", lambda record: {})
 
 
 def run(folder: Path, *options: str, size: Size = SMALL) -> dict:
     """The record of a run in folder's parent."""
     home = folder.parent
-    lm.main(["--text", str(folder), "--out", str(home / "out"), "--run", str(home / "run"), *options], size)
+    cli.main(["--text", str(folder), "--out", str(home / "out"), "--run", str(home / "run"), *options], size)
     (path,) = (home / "out").glob("lm*.json")
     return json.loads(path.read_text())
 
@@ -92,56 +78,59 @@ def test_a_run_of_every_variant_writes_its_results(folder: Path, capsys: pytest.
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("name", EVERY)
 def test_killed_at_any_step_it_goes_on_with_the_same_losses(name: str, position: str, folder: Path) -> None:
-    """Before the first checkpoint, just after one, just before one: weights, optimizer and batches are where they were."""
+    """Before the first checkpoint, just after one, just before one: nothing is lost or repeated."""
     corpus, home = corpus_of(folder), folder.parent
-    whole = piece_of(corpus, name, home / "whole", position=position)
-    train(whole, lambda piece, speed: None)
+    whole = run_of(corpus, name, home / "whole", position=position)
+    train.train(whole)
     for at in (3, 7, 17):
-        killed = piece_of(corpus, name, home / f"killed{at}", position=position)
+        killed = run_of(corpus, name, home / f"killed{at}", position=position)
 
-        def kill(piece: lm_train.Piece, speed: float, at: int = at) -> None:
-            if len(piece.training) == at:
+        def kill(run: TrainingRun, at: int = at) -> None:
+            if len(run.training) == at:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(killed, kill)
-        again = piece_of(corpus, name, home / f"killed{at}", position=position)
-        train(again, lambda piece, speed: None)
+            train.train(killed, kill)
+        again = run_of(corpus, name, home / f"killed{at}", position=position)
+        train.train(again)
         assert again.training == whole.training
         assert again.validation == whole.validation
         weights = [torch.load(p.folder / "checkpoint.pt", weights_only=True)["model"] for p in (whole, again)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_process_that_is_killed_and_the_same_command_again(folder: Path) -> None:
+@pytest.mark.usefixtures("not_drawn")
+def test_a_process_that_is_killed_and_the_same_command_again(folder: Path, cache: Path) -> None:
     whole = run(folder)
     script = (
         "import os, signal, sys, dataclasses, pathlib\n"
         "sys.path[:0] = ['.', 'integrations']\n"
         "import torch; torch.set_num_threads(1)\n"
         "from tests.helpers.lm import SMALL, CPU\n"
-        "from benchmarks.lm import cli as lm, tokens as lm_tokens, train as lm_train\n"
-        f"lm.pick_device = lambda: CPU; lm_tokens.CACHE = pathlib.Path({str(folder.parent / 'cache')!r})\n"
-        "rate = lm_train.learning_rate; taken = []\n"
+        "from benchmarks import report\n"
+        "from benchmarks.lm import cli, tokens, train\n"
+        f"report.pick_device = lambda: CPU; tokens.CACHE = pathlib.Path({str(cache)!r})\n"
+        "rate = train.learning_rate; taken = []\n"
         "def stop(step, size):\n"
         "    taken.append(step)\n"
         "    if len(taken) == 30: os.kill(os.getpid(), signal.SIGKILL)\n"  # the second variant, step 10
         "    return rate(step, size)\n"
-        "lm_train.learning_rate = stop\n"
-        "lm.main(sys.argv[1:], SMALL)\n"
+        "train.learning_rate = stop\n"
+        "cli.main(sys.argv[1:], SMALL)\n"
     )
     where = ["--out", str(folder.parent / "out2"), "--run", str(folder.parent / "run2")]
     command = [sys.executable, "-c", script, "--text", str(folder), *where]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9, killed.stderr
     assert not list((folder.parent / "out2").glob("*.json"))
-    lm.main(["--text", str(folder), *where], SMALL)
+    cli.main(["--text", str(folder), *where], SMALL)
     (path,) = (folder.parent / "out2").glob("lm*.json")
     again = json.loads(path.read_text())
     for name in ("causal", "stablemask"):
         assert again["variants"][name]["curve"] == whole["variants"][name]["curve"]
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_finished_measures_what_is_there(folder: Path) -> None:
     whole = run(folder, "--seeds", "2")
     (folder.parent / "run" / "stablemask-seed1" / "checkpoint.pt").unlink()
@@ -151,6 +140,7 @@ def test_finished_measures_what_is_there(folder: Path) -> None:
     assert "fewer for StableMask, head-wise" in next((folder.parent / "out").glob("*.md")).read_text()
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_causal_is_stablemask_at_gamma_inf_and_any_gamma_is_taken(folder: Path) -> None:
     found = losses(run(folder, "--variants", "causal,stablemask-inf,stablemask-0,pseudo-0,stablemask-3"))
     assert found["causal"] == found["stablemask-inf"]
@@ -160,7 +150,7 @@ def test_causal_is_stablemask_at_gamma_inf_and_any_gamma_is_taken(folder: Path) 
 
 def test_variants_of_a_seed_start_from_the_same_weights_and_seeds_differ(folder: Path) -> None:
     corpus = corpus_of(folder)
-    states = [piece_of(corpus, name, folder.parent, seed=seed).new_model().state_dict() for name in EVERY for seed in (0, 1)]
+    states = [run_of(corpus, name, folder.parent, seed=seed).new_model().state_dict() for name in EVERY for seed in (0, 1)]
     for state in states[2::2]:
         assert all(torch.equal(state[key], states[0][key]) for key in states[0])
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
@@ -170,9 +160,9 @@ def test_rows_at_once_change_memory_and_nothing_else(folder: Path) -> None:
     corpus, rows = corpus_of(folder), torch.randint(300, (5, 14))
     models, found = [], []
     for at_once in (5, 2):
-        piece = piece_of(corpus, "stablemask", folder.parent, size=replace(SMALL, at_once=at_once))
-        models.append(piece.new_model())
-        found.append(lm_train.one_step(piece, models[-1], lm_train.new_optimizer(models[-1], piece.size), rows, 1e-2))
+        run = run_of(corpus, "stablemask", folder.parent, size=replace(SMALL, at_once=at_once))
+        models.append(run.new_model())
+        found.append(train.one_step(run, models[-1], train.new_optimizer(models[-1], run.size), rows, 1e-2))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -191,17 +181,17 @@ def test_learning_rate_by_hand() -> None:
 def test_presets_have_the_parameters_that_are_printed(name: str, millions: float) -> None:
     size = PRESETS[name]
     with torch.device("meta"):
-        model = lm_train.Decoder(size, ALL[0])
+        model = Decoder(size, ALL[0])
     assert sum(p.numel() for p in model.parameters()) == parameters(size) == pytest.approx(millions * 1e6, rel=1e-3)
 
 
 def test_why_writes_its_results(folder: Path) -> None:
     home = folder.parent
     options = ["--text", str(folder), "--out", str(home / "out"), "--run", str(home / "why"), "--steps", "12", "--seeds", "1"]
-    lm_why.main(options, SMALL)
+    why.main(options, SMALL)
     (path,) = (home / "out").glob("lm-why_*.json")
     results = json.loads(path.read_text())["results"]
-    assert len(results) == sum(len(setting.variants) for setting in lm_why.SETTINGS)
+    assert len(results) == sum(len(setting.variants) for setting in why.SETTINGS)
     by_name = {(r["setting"], r["variant"]): r for r in results}
     ours = by_name["as benchmarks.lm", "stablemask"]
     assert ours["difference"][0][-1] == ours["loss"][0][-1] - by_name["as benchmarks.lm", "causal"]["loss"][0][-1] != 0
@@ -220,7 +210,7 @@ def _prepare(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "message"),
     [
         (["--text", "nowhere"], "no such file or folder"),
         (["--text", "empty"], "nothing to read"),
@@ -241,12 +231,12 @@ def _prepare(home: Path) -> None:
         (["--out", "short.txt"], "not a folder"),
         (["--run", "short.txt"], "not a folder"),
         (["--run", "rubbish"], "is no checkpoint of benchmarks.lm"),
-        (["--finished"], "no piece of this run is finished"),
+        (["--finished"], "no training run is finished"),
         (["--layers", "2"], "unrecognized arguments"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    options: list[str], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = folder.parent
     monkeypatch.chdir(home)
@@ -254,18 +244,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     text = [] if "--text" in options else ["--text", "text"]
     with pytest.raises(SystemExit) as stop:
-        lm.main([*text, "--out", "out", "--run", "run", *options], SMALL)
+        cli.main([*text, "--out", "out", "--run", "run", *options], SMALL)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
-    assert why in printed.err
+    assert message in printed.err
     after = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
-    assert {path: content for path, content in after.items() if "cache" not in path.parts} == before
+    assert after == before
 
 
+@pytest.mark.usefixtures("not_drawn")
 @pytest.mark.parametrize(
-    ("changed", "why"),
+    ("changed", "message"),
     [
         (["--steps", "21"], "was trained with steps = 20, and this run has 21: give another --run folder"),
         (["--position", "alibi"], "was trained with position = rope, and this run has alibi"),
@@ -273,22 +264,23 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_kept(
-    changed: list[str], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    changed: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder.parent)
     write_folder(Path("other"))
     common = ["--out", "out", "--run", "run", "--variants", "causal"]
-    lm.main([*common, "--text", "text"], SMALL)
+    cli.main([*common, "--text", "text"], SMALL)
     before = {path: path.read_bytes() for part in ("out", "run") for path in Path(part).rglob("*") if path.is_file()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        lm.main([*common, "--text", "text", *changed], SMALL)
+        cli.main([*common, "--text", "text", *changed], SMALL)
     assert stop.value.code == 2
-    assert why in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     after = {path: path.read_bytes() for part in ("out", "run") for path in Path(part).rglob("*") if path.is_file()}
     assert after == before
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_a_result_of_another_run_is_refused_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run(folder, "--steps", "6")
     with pytest.raises(SystemExit) as stopped:

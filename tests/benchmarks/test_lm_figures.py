@@ -1,34 +1,18 @@
 """The figures of benchmarks.lm hold the record: every line, dot, bar and pixel is a number of it."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
-from benchmarks.lm import figures as lm_figures
-from benchmarks.lm.plot_style import apart, points
+from benchmarks.lm import figures
+from benchmarks.lm.plot_style import points
+from tests.helpers.lines import xs, ys
 from tests.helpers.lm_record import POSITIONS, TIMES, VARIANTS, record
-
-
-def line(axes: Axes, name: str) -> Line2D:
-    (found,) = [line for line in axes.lines if line.get_label() == name]
-    return found
-
-
-def xs(axes: Axes, name: str) -> np.ndarray:
-    return points(line(axes, name))[:, 0]
-
-
-def ys(axes: Axes, name: str) -> np.ndarray:
-    return points(line(axes, name))[:, 1]
 
 
 def written(figure: Figure) -> list[str]:
@@ -45,7 +29,7 @@ def close(a: Any, b: Any) -> None:
 
 def test_final_perplexity_of_every_seed():
     drawn = record()
-    final = lm_figures.overview(drawn).axes[0]
+    final = figures.overview(drawn).axes[0]
     for row, (name, variant) in enumerate(drawn["variants"].items()):
         values = variant["perplexity"]["values"]
         span, seeds, mean = (line for line in final.lines if set(points(line)[:, 1]) == {row})
@@ -57,11 +41,11 @@ def test_final_perplexity_of_every_seed():
 
 
 def test_training_is_less_causal_of_the_same_seed():
-    """A variant that began later shares two of causal's three seeds: those are compared, not the means of all."""
+    """A variant that began later shares two of causal's three seeds: only those are compared."""
     drawn = record(["causal", "stablemask", "pseudo-0"])
     late = drawn["variants"]["stablemask"]
     late["seeds"] = [1, 2, 3]
-    training = lm_figures.overview(drawn).axes[1]
+    training = figures.overview(drawn).axes[1]
     causal = np.array(drawn["variants"]["causal"]["curve"]["loss"])
     expected = np.array(late["curve"]["loss"])[:2] - causal[1:]
     close(ys(training, "stablemask"), expected.mean(0))
@@ -75,15 +59,15 @@ def test_training_is_less_causal_of_the_same_seed():
 
 def test_training_without_causal_is_the_loss():
     drawn = record(["stablemask", "pseudo-0"])
-    training = lm_figures.overview(drawn).axes[1]
+    training = figures.overview(drawn).axes[1]
     close(ys(training, "pseudo-0"), np.mean(drawn["variants"]["pseudo-0"]["curve"]["loss"], axis=0))
     assert training.get_title() == "validation loss"
 
 
 def test_shares_by_position_and_layer():
     drawn = record(layers=3)
-    share = lm_figures.overview(drawn).axes[2]
-    by_layer = lm_figures.shares_by_layer(drawn).axes
+    share = figures.overview(drawn).axes[2]
+    by_layer = figures.shares_by_layer(drawn).axes
     assert len(by_layer) == 2 * 3
     for name, variant in drawn["variants"].items():
         close(xs(share, name), POSITIONS)
@@ -97,28 +81,16 @@ def test_shares_by_position_and_layer():
                 assert axes.get_title().startswith(f"layer {layer + 1}:")
 
 
-def test_lines_that_end_as_one_have_a_legend_in_the_order_of_their_start():
-    drawn = record()
-    share = lm_figures.overview(drawn).axes[2]
-    (legend,) = [axes.get_legend() for axes in lm_figures.shares_by_layer(drawn).axes if axes.get_legend() is not None]
-    start = sorted(VARIANTS, key=lambda name: -ys(share, name)[0])
-    for found in (share.get_legend(), legend):
-        assert found is not None
-        assert [text.get_text() for text in found.get_texts()] == [VARIANTS[name] for name in start]
-        handles = [handle for handle in found.legend_handles if isinstance(handle, Line2D)]
-        assert [handle.get_marker() for handle in handles] == [line(share, name).get_marker() for name in start]
-
-
 def test_of_many_layers_a_few_are_drawn_first_and_last_among_them():
     drawn = record(["causal"], layers=12)
-    axes = lm_figures.shares_by_layer(drawn).axes
+    axes = figures.shares_by_layer(drawn).axes
     assert [a.get_title().split(":")[0] for a in axes[:4]] == ["layer 1", "layer 5", "layer 8", "layer 12"]
     close(ys(axes[1], "causal"), drawn["variants"]["causal"]["first_token_share"]["by_layer"][4])
 
 
 def test_extrapolation_with_and_without_kept_tokens():
     drawn = record()
-    longer = lm_figures.overview(drawn).axes[3]
+    longer = figures.overview(drawn).axes[3]
     bars = {c.get_label(): c for c in longer.collections if isinstance(c, LineCollection)}
     for name, variant in drawn["variants"].items():
         for kept, measured in variant["extrapolation"]["kept"].items():
@@ -133,13 +105,13 @@ def test_extrapolation_with_and_without_kept_tokens():
     assert {"causal", "causal + first 4", "learned artificial token"} < set(shown)
     assert longer.get_yscale() == "log"
     assert [text.get_text() for text in longer.get_xticklabels()] == ["1x", "2x", "4x", "8x"]
-    flat = lm_figures.overview(record(["stablemask", "pseudo-0"])).axes[3]
+    flat = figures.overview(record(["stablemask", "pseudo-0"])).axes[3]
     assert flat.get_yscale() == "linear"
 
 
 def test_maps_are_the_heads_and_what_they_give_to_no_token():
     drawn = record()
-    figure = lm_figures.maps(drawn)
+    figure = figures.maps(drawn)
     panels = figure.axes[:-1]  # the last is the colour bar
     assert len(panels) == 16
     for row, name in enumerate(("causal", "stablemask")):
@@ -161,7 +133,7 @@ def test_scaling_of_several_sizes():
     sizes = [8_400_000, 470_000, 1_060_000]
     records = [record(parameters=size) for size in sizes]
     del records[0]["variants"]["pseudo-0"]
-    figure = lm_figures.scaling(records)
+    figure = figures.scaling(records)
     left, right = figure.axes
     ordered = [records[1], records[2], records[0]]
     for name in VARIANTS:
@@ -180,106 +152,39 @@ def test_scaling_compares_like_with_like(key: str, value: Any):
     other = record()
     other["config"][key] = value
     with pytest.raises(ValueError, match=f"records must be of one {key} to be compared, got .*{value}.*draw them apart"):
-        lm_figures.scaling([record(), other])
-
-
-def test_a_variant_looks_the_same_everywhere_and_like_no_other():
-    drawn = record()
-    panels = [*lm_figures.overview(drawn).axes, *lm_figures.shares_by_layer(drawn).axes, *lm_figures.scaling([drawn]).axes]
-    looks = {}
-    for name in VARIANTS:
-        found = {(str(line(axes, name).get_color()), str(line(axes, name).get_marker())) for axes in panels}
-        assert len(found) == 1, name
-        (looks[name],) = found
-    assert len({color for color, _ in looks.values()}) == len({marker for _, marker in looks.values()}) == len(VARIANTS)
-
-
-@pytest.mark.parametrize(
-    ("heights", "expected"),
-    [
-        ([0.2, 0.5], [0.2, 0.5]),
-        ([0.45, 0.55], [0.4, 0.6]),
-        ([0.5, 0.5, 0.5], [0.3, 0.5, 0.7]),
-        ([0.3, 0.3, 0.45], [0.15, 0.35, 0.55]),
-        ([0.0, 0.0], [0.0, 0.2]),
-        ([0.95, 1.0], [0.8, 1.0]),
-    ],
-)
-def test_names_move_apart_as_little_as_it_takes(heights: list[float], expected: list[float]):
-    assert apart(heights, 0.2) == pytest.approx(expected)
-
-
-def overlap(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of names at line ends that stand on each other."""
-    figure.draw_without_rendering()
-    pairs = []
-    for axes in figure.axes:
-        boxes = [(text.get_text(), Text.get_window_extent(text)) for text in axes.texts]
-        pairs += [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[:i] if min(x.y1, y.y1) - max(x.y0, y.y0) > 1]
-    return pairs
-
-
-def test_names_do_not_stand_on_each_other():
-    drawn = record()
-    for name, variant in drawn["variants"].items():  # all lines end at one point
-        if name != "causal":
-            variant["curve"] = drawn["variants"]["causal"]["curve"]
-    for figure in (lm_figures.overview(drawn), lm_figures.scaling([drawn, record(parameters=7)])):
-        assert overlap(figure) == []
-        width, height = figure.get_size_inches() * figure.dpi
-        for axes in figure.axes:
-            for text in axes.texts:
-                box = Text.get_window_extent(text)
-                assert 0 <= box.x0 < box.x1 <= width, text.get_text()
-                assert 0 <= box.y0 < box.y1 <= height, text.get_text()
-    figure = Figure()
-    axes = figure.subplots()
-    for _ in range(2):
-        axes.text(0.5, 0.5, "here")
-    assert overlap(figure) == [("here", "here")]
-
-
-def test_what_diverged_is_said():
-    drawn = record(["causal", "stablemask", "pseudo-0"])
-    drawn["variants"]["pseudo-0"]["perplexity"]["values"][1] = math.nan
-    drawn["variants"]["pseudo-0"]["extrapolation"]["kept"]["0"]["perplexity"][2] = [40.0, math.inf, math.inf, math.inf]
-    drawn["variants"]["stablemask"]["extrapolation"]["kept"]["0"]["perplexity"] = [[math.nan] * 4] * 3
-    final, _, share, longer = lm_figures.overview(drawn).axes
-    assert final.get_yticklabels()[2].get_text() == "pseudo value 0 (diverged)"
-    names = [text.get_text() for text in longer.texts]
-    assert sorted(names) == ["StableMask, head-wise (diverged)", "causal", "causal + first 4", "pseudo value 0 (diverged)"]
-    assert np.isfinite(ys(longer, "pseudo-0")).tolist() == [True, False, False, False]
-    assert share.get_legend() is not None
+        figures.scaling([record(), other])
 
 
 def test_the_default_run_with_two_variants_and_one_seed(tmp_path: Path):
     drawn = record(["causal", "stablemask"], seeds=1, layers=2)
     for variant in drawn["variants"].values():
         del variant["maps"]
-    paths = lm_figures.draw(drawn, tmp_path / "lm_cpu2_202611")
-    assert [path.name for path in paths] == ["lm_cpu2_202611.png", "lm_cpu2_202611-share.png"]
+    (tmp_path / "lm_cpu2_202611.json").write_text(json.dumps(drawn))
+    figures.main([str(tmp_path / "lm_cpu2_202611.json")])
+    paths = sorted(tmp_path.glob("*.png"))
+    assert [path.name for path in paths] == ["lm_cpu2_202611-share.png", "lm_cpu2_202611.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in paths)
-    assert "one seed" in lm_figures.overview(drawn).get_suptitle()
+    assert "one seed" in figures.overview(drawn).get_suptitle()
 
 
-def test_texts_too_short_to_measure_shares_or_extrapolation(tmp_path: Path):
+def test_texts_too_short_to_measure_shares_or_extrapolation():
     drawn = record(["causal", "stablemask"])
-    titles = [axes.get_title().split()[0] for axes in lm_figures.overview(drawn).axes]
+    titles = [axes.get_title().split()[0] for axes in figures.overview(drawn).axes]
     assert titles == ["validation:", "validation", "attention", "longer"]
     for variant in drawn["variants"].values():
         variant["extrapolation"] = None
-    assert [axes.get_title().split()[0] for axes in lm_figures.overview(drawn).axes] == titles[:3]
+    assert [axes.get_title().split()[0] for axes in figures.overview(drawn).axes] == titles[:3]
     for variant in drawn["variants"].values():
         variant["first_token_share"] = variant["pseudo_share"] = None
         del variant["maps"]
-    figure = lm_figures.overview(drawn)
+    figure = figures.overview(drawn)
     assert [axes.get_title().split()[0] for axes in figure.axes] == titles[:2]
     assert figure.get_figheight() < 4
-    assert [path.name for path in lm_figures.draw(drawn, tmp_path / "lm")] == ["lm.png"]
+    assert list(figures.of_run(drawn)) == [""]
 
 
 def test_what_a_reader_needs_is_written():
-    text = "\n".join(written(lm_figures.overview(record())))
+    text = "\n".join(written(figures.overview(record())))
     for part in (
         "debian-reference",
         "1.06 M parameters",
@@ -288,7 +193,7 @@ def test_what_a_reader_needs_is_written():
         "1000 steps",
         "3 seeds",
         "last 256 tokens",
-        "nats a byte",
+        "nats per byte",
     ):
         assert part in text
 
@@ -297,7 +202,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     paths = [tmp_path / f"lm-{name}.json" for name in ("a", "b")]
     for path, parameters in zip(paths, (470_000, 1_060_000), strict=True):
         path.write_text(json.dumps(record(["causal", "stablemask"], parameters=parameters)))
-    lm_figures.main([str(path) for path in paths])
+    figures.main([str(path) for path in paths])
     printed = [Path(text) for text in capsys.readouterr().out.split()]
     suffixes = (".png", "-share.png", "-maps.png")
     assert [path.name for path in printed] == ["lm-a-scaling.png", *(f"lm-{x}{s}" for x in "ab" for s in suffixes)]
@@ -310,7 +215,7 @@ def test_records_that_cannot_be_compared_leave_nothing_behind(tmp_path: Path, ca
         drawn["config"]["text"] = text
         (tmp_path / f"{name}.json").write_text(json.dumps(drawn))
     with pytest.raises(SystemExit):
-        lm_figures.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+        figures.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert "records must be of one text" in capsys.readouterr().err
     assert list(tmp_path.glob("*.png")) == []
 
@@ -330,7 +235,7 @@ def test_bad_records(content: str | None, message: str, tmp_path: Path, capsys: 
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit) as exit_:
-        lm_figures.main([str(path)])
+        figures.main([str(path)])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error

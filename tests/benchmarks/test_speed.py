@@ -1,4 +1,4 @@
-"""benchmarks.speed at a tiny size: what it measures, writes and refuses, and how it judges its targets. No GPU is needed."""
+"""benchmarks.speed at a tiny size: what it measures, writes and refuses, and how it judges its targets."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import cases as speed_cases
-from benchmarks.speed import cli as speed
-from benchmarks.speed import targets as speed_targets
-from benchmarks.speed import timing as speed_timing
-from benchmarks.speed import variants as speed_variants
+from benchmarks.speed import cases, cli, targets, timing, variants
 from benchmarks.speed.cases import Case
 from benchmarks.speed.check import error_of
 from sm_flex import stablemask
@@ -34,13 +30,13 @@ CASES = [
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(speed, "MOST_SECONDS", 0.0)
-    monkeypatch.setattr(speed, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(cli, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "LEAST_SECONDS", 0.0)
 
 
-def measured(cases: list[Case], folder: Path, *options: str) -> dict[str, Any]:
-    speed.main(["--device", "cpu", "--out", str(folder), *options], cases)
+def measured(chosen: list[Case], folder: Path, *options: str) -> dict[str, Any]:
+    cli.main(["--device", "cpu", "--out", str(folder), *options], chosen)
     return json.loads(next(folder.glob("speed_*.json")).read_text())
 
 
@@ -55,9 +51,9 @@ def test_every_kind_of_case_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
         if row["group"] == "attention" and row["gamma"]:
             assert 0 < row["check"] < (0.04 if row["dtype"] == "bf16" else 1e-5)
         if row["group"] == "attention":
-            forward, backward, both = (row["ms"][mode]["median"] for mode in speed_timing.MODES)
+            forward, backward, both = (row["ms"][mode]["median"] for mode in timing.MODES)
             assert min(forward, backward) < both
-            assert row["ms"]["forward"]["rounds"] == speed_timing.LEAST_ROUNDS
+            assert row["ms"]["forward"]["rounds"] == timing.LEAST_ROUNDS
         if row["role"] == "StableMask" and row["group"] == "attention":
             assert set(row["ratio"]) == {"same engine"}
     dense = next(row for row in rows if row["engine"] == "dense")
@@ -80,12 +76,12 @@ def test_a_variant_that_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path, monk
     def no_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2.00 GiB")
 
-    made = speed_variants.variants
+    made = variants.variants
 
     def some_fail(at: Any) -> Any:
         return {n: v._replace(call=no_memory) if v.engine == "dense" else v for n, v in made(at).items()}
 
-    monkeypatch.setattr(speed, "variants", some_fail)
+    monkeypatch.setattr(cli, "variants", some_fail)
     broken = ATTENTION._replace(engines=("nonsense",))
     rows = measured([ATTENTION, broken, ATTENTION._replace(length=96, engines=("cpu",))], tmp_path)["rows"]
     errors = {row["variant"]: row["error"] for row in rows if "error" in row}
@@ -106,22 +102,22 @@ def test_what_does_not_fit_in_the_time_is_named(tmp_path: Path) -> None:
 
 
 def test_repetitions_go_before_cases() -> None:
-    budget = speed.Budget(1, CPU)
-    assert budget.share(4) == speed.MOST_SECONDS
+    budget = cli.Budget(1, CPU)
+    assert budget.share(4) == cli.MOST_SECONDS
     fewer = budget.share(20)
     assert fewer is not None
-    assert speed.LEAST_SECONDS < fewer < 1.01
-    assert budget.share(1000) == speed.LEAST_SECONDS
+    assert cli.LEAST_SECONDS < fewer < 1.01
+    assert budget.share(1000) == cli.LEAST_SECONDS
     budget.end -= 59
     assert budget.share(1) is None
 
 
 @pytest.mark.parametrize("wrong", ["causal", "zeros", "mass of the next row", "gradients of plain causal"])
 def test_the_check_rejects_what_is_not_stablemask(wrong: str) -> None:
-    at = speed_variants.setting(ATTENTION, CPU)
-    inputs = speed_timing.input_sets(2, 80, (2, 1), 16, torch.float32, CPU)[0]
-    right = speed_variants.variants(at)["cpu, StableMask"]
-    plain = speed_variants.variants(at)["cpu, plain"].call
+    at = variants.setup(ATTENTION, CPU)
+    inputs = timing.input_sets(2, 80, (2, 1), 16, torch.float32, CPU)[0]
+    right = variants.variants(at)["cpu, StableMask"]
+    plain = variants.variants(at)["cpu, plain"].call
     moved = at._replace(length=80, gammas={"headwise": at.gammas["headwise"]})
     later = stablemask(at.gammas["headwise"], length=80, positions=torch.arange(1, 81))
 
@@ -131,7 +127,7 @@ def test_the_check_rejects_what_is_not_stablemask(wrong: str) -> None:
         if wrong == "zeros":
             return right.call(q, k, v) * 0
         if wrong == "mass of the next row":
-            return speed_variants.flex_attention(q, k, v, score_mod=later, enable_gqa=True)
+            return variants.flex_attention(q, k, v, score_mod=later, enable_gqa=True)
         causal = plain(q, k, v)
         return causal + (right.call(q, k, v) - causal).detach()
 
@@ -147,40 +143,40 @@ def attention_row(length: int, ratio: float, **fields: Any) -> dict[str, Any]:
     return {**row, "gamma": "headwise", "ratio": both} | fields
 
 
-def verdict_of(text: str, rows: list[dict[str, Any]]) -> speed_targets.Verdict:
-    (found,) = [verdict for verdict in speed_targets.judge(rows, "cuda") if text in verdict.text]
+def verdict_of(text: str, rows: list[dict[str, Any]]) -> targets.Verdict:
+    (found,) = [verdict for verdict in targets.judge(rows, "cuda") if text in verdict.text]
     return found
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
     long = "head-wise, S >= 4k"
-    within = [attention_row(length, 1.005) for length in speed_targets.LONG]
-    assert verdict_of(long, within).verdict == speed_targets.MET
-    assert verdict_of(long, [*within[1:], attention_row(4096, 1.02)]).verdict == speed_targets.MISSED
+    within = [attention_row(length, 1.005) for length in targets.LONG]
+    assert verdict_of(long, within).verdict == targets.MET
+    assert verdict_of(long, [*within[1:], attention_row(4096, 1.02)]).verdict == targets.MISSED
     assert "1.020 (flash, StableMask: causal, S 4096" in verdict_of(long, [*within[1:], attention_row(4096, 1.02)]).figure
-    assert verdict_of(long, within[:3]).verdict == speed_targets.PARTLY
+    assert verdict_of(long, within[:3]).verdict == targets.PARTLY
     assert "not measured at S = 32768" in verdict_of(long, within[:3]).figure
-    assert verdict_of(long, []) == speed_targets.Verdict(verdict_of(long, []).text, 1.01, speed_targets.NOT, "none")
+    assert verdict_of(long, []) == targets.Verdict(verdict_of(long, []).text, 1.01, targets.NOT, "none")
     # Other rows do not count: another length, gamma, kind, or one that failed.
     others = [attention_row(2048, 9), attention_row(4096, 9, gamma="zero"), attention_row(4096, 9, kind="window")]
-    assert verdict_of(long, [*within, *others]).verdict == speed_targets.MET
+    assert verdict_of(long, [*within, *others]).verdict == targets.MET
     failed = {key: value for key, value in attention_row(4096, 9).items() if key != "ratio"} | {"error": "no"}
     assert verdict_of(long, [failed]).figure == "none; 1 failed"
-    assert verdict_of(long, [failed, *within]).verdict == speed_targets.PARTLY
+    assert verdict_of(long, [failed, *within]).verdict == targets.PARTLY
     # A limit from below.
     fields = {"group": "epilogue", "gamma": "zero"}
-    for share, verdict in ((0.86, speed_targets.MET), (0.84, speed_targets.MISSED)):
+    for share, verdict in ((0.86, targets.MET), (0.84, targets.MISSED)):
         row = attention_row(4096, 1, **fields, values={"of copy bandwidth": share})
         assert verdict_of("of the measured copy bandwidth", [row]).verdict == verdict
 
 
 def test_every_target_names_cases_that_are_planned() -> None:
-    """No target can stay unmeasured because its filter fits nothing: each has a planned case of its group and every length."""
-    for device, targets, plan in (
-        ("cuda", speed_targets.GPU, speed_cases.gpu_plan()),
-        ("cpu", speed_targets.CPU, speed_cases.cpu_plan()),
+    """No target stays unmeasured because its filter fits nothing: a planned case fits, at every length."""
+    for device, wanted, plan in (
+        ("cuda", targets.GPU, cases.gpu_plan()),
+        ("cpu", targets.CPU, cases.cpu_plan()),
     ):
-        for target in targets:
+        for target in wanted:
             assert target.device == device
             fields = {key: allowed for key, allowed in target.where.items() if key in Case._fields}
             fitting = [case for case in plan if all(getattr(case, key) in allowed for key, allowed in fields.items())]
@@ -189,43 +185,43 @@ def test_every_target_names_cases_that_are_planned() -> None:
 
 
 def test_the_plans_name_what_the_library_knows() -> None:
-    for case in (*speed_cases.gpu_plan(), *speed_cases.cpu_plan()):
-        known = (*speed_cases.PAIRS, *speed_cases.OURS_ALONE, *speed_cases.RIVALS)
+    for case in (*cases.gpu_plan(), *cases.cpu_plan()):
+        known = (*cases.PAIRS, *cases.OURS_ALONE, *cases.BASELINES)
         assert set(case.engines) <= set(known)
         assert case.heads % case.kv_heads == 0
-        assert sum(speed_cases.document_lengths(case)) == case.batch * case.length
-        assert case.dtype in speed_cases.DTYPES
+        assert sum(cases.document_lengths(case)) == case.batch * case.length
+        assert case.dtype in cases.DTYPES
         assert "flex FLASH" not in case.engines or not BEFORE_2_14
-    assert set(speed_cases.BACKEND_OF.values()) <= set(choose.BACKENDS)
-    tokens = {case.batch * case.length for case in speed_cases.gpu_plan() if case.group == "attention"}
-    assert tokens == {speed_cases.GPU_TOKENS}
-    for plan in (speed_cases.gpu_plan(), speed_cases.cpu_plan()):
+    assert set(cases.BACKEND_OF.values()) <= set(choose.BACKENDS)
+    tokens = {case.batch * case.length for case in cases.gpu_plan() if case.group == "attention"}
+    assert tokens == {cases.GPU_TOKENS}
+    for plan in (cases.gpu_plan(), cases.cpu_plan()):
         names = [case.name for case in plan]
         assert len(set(names)) == len(names)
 
 
 def test_flops_are_those_of_the_visible_pairs() -> None:
     case = Case("attention", ("flash",), 2048, 3, heads=5, head_dim=7)
-    assert speed_cases.flops(case, "forward") == 2 * 2 * 7 * 5 * 3 * 2048 * 2048 / 2
-    assert speed_cases.flops(case, "forward+backward") == 3.5 * speed_cases.flops(case, "forward")
+    assert cases.flops(case, "forward") == 2 * 2 * 7 * 5 * 3 * 2048 * 2048 / 2
+    assert cases.flops(case, "forward+backward") == 3.5 * cases.flops(case, "forward")
     i = torch.arange(2048)
     distance = i.unsqueeze(1) - i
-    seen = int(((distance >= 0) & (distance < speed_cases.WINDOW)).sum())
-    assert speed_cases.pairs(case._replace(kind="window", batch=1)) == pytest.approx(seen, rel=1e-3)
-    assert speed_cases.pairs(case._replace(kind="packed")) < speed_cases.pairs(case._replace(length=3072, batch=2))
+    seen = int(((distance >= 0) & (distance < cases.WINDOW)).sum())
+    assert cases.pairs(case._replace(kind="window", batch=1)) == pytest.approx(seen, rel=1e-3)
+    assert cases.pairs(case._replace(kind="packed")) < cases.pairs(case._replace(length=3072, batch=2))
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "packed", "alibi"])
 def test_gpu_variants_are_built_without_a_gpu(kind: str) -> None:
     """Everything up to the call itself, block masks included, for each engine of the GPU's plan."""
-    engines = dict.fromkeys(engine for case in speed_cases.gpu_plan() if case.kind == kind for engine in case.engines)
+    engines = dict.fromkeys(engine for case in cases.gpu_plan() if case.kind == kind for engine in case.engines)
     assert engines
     case = Case("attention", tuple(engines), 128, 2, kind, head_dim=16, heads=2, kv_heads=2)
-    found = speed_variants.variants(speed_variants.setting(case, CPU))
+    found = variants.variants(variants.setup(case, CPU))
     assert set(engines) == {variant.engine for variant in found.values()}
-    for engine in set(engines) & set(speed_cases.PAIRS):
+    for engine in set(engines) & set(cases.PAIRS):
         roles = [variant.role for variant in found.values() if variant.engine == engine]
-        assert roles[:2] == [speed_variants.PLAIN, speed_variants.STABLEMASK]
+        assert roles[:2] == [variants.PLAIN, variants.STABLEMASK]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +235,7 @@ def test_gpu_variants_are_built_without_a_gpu(kind: str) -> None:
 )
 def test_bad_input_is_one_line_and_exit_code_2(options: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        speed.main(options)
+        cli.main(options)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 1
@@ -249,7 +245,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options: list[str], why: str, cap
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a CUDA device")
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        speed.main(["--device", "cuda", "--out", str(tmp_path)])
+        cli.main(["--device", "cuda", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
 
@@ -258,12 +254,12 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["causal", "window", "packed", "alibi", "epilogue", "decode"])
 def test_every_engine_of_a_gpu_at_its_smallest(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "MOST_SECONDS", 0.0)
     group = kind if kind in ("epilogue", "decode") else "attention"
-    planned = [c for c in speed_cases.gpu_plan() if c.group == group and not c.impl and (group != "attention" or c.kind == kind)]
+    planned = [c for c in cases.gpu_plan() if c.group == group and not c.impl and (group != "attention" or c.kind == kind)]
     engines = tuple(dict.fromkeys(engine for case in planned for engine in case.engines))
     case = planned[0]._replace(engines=engines, length=256, batch=2, heads=2, kv_heads=2, head_dim=64)
-    speed.main(["--device", "cuda", "--out", str(tmp_path)], [case])
+    cli.main(["--device", "cuda", "--out", str(tmp_path)], [case])
     rows = json.loads(next(tmp_path.glob("speed_*.json")).read_text())["rows"]
     assert [row["error"] for row in rows if "error" in row] == []
     assert all("ms" in row for row in rows)

@@ -3,11 +3,13 @@
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from torch import Tensor
 
 from sm_flex import log_mass
@@ -28,6 +30,7 @@ def attention(
     positions: Tensor | None,
     visible: Tensor | None,
     scale: float | None,
+    sink: Tensor | None = None,
     error: str = "",
 ) -> tuple[Tensor, Tensor]:
     """StableMask in plain PyTorch, in float32 at least, with one error planted."""
@@ -52,6 +55,11 @@ def attention(
     if error == "lse cast to bf16 before the share":
         lse = lse.bfloat16().to(wide)
     new_lse = torch.logaddexp(lse, log_mass(gamma, rows, length))
+    if sink is not None and error != "forgotten sink":
+        each_head = sink.flip(0) if error == "sink of the wrong head" else sink
+        new_lse = torch.logaddexp(
+            new_lse, (each_head.detach() if error == "sink without a gradient" else each_head).unsqueeze(-1)
+        )
     nothing = new_lse < -1e29  # neither a key nor any mass
     out = (torch.exp(real - new_lse.unsqueeze(-1)).masked_fill(nothing.unsqueeze(-1), 0.0) @ wide_v).to(q.dtype)
     new_lse = new_lse.masked_fill(nothing, -math.inf)
@@ -71,8 +79,8 @@ def attention(
 
 
 def with_error(error: str) -> Any:
-    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, **request, error=error)
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, sink=sink, **options, error=error)
 
     return fn
 
@@ -89,6 +97,9 @@ ERRORS = {
     "lse returned in bf16": ("log_sum_exp", ""),
     "packed positions not restarting": ("packed_is_one_by_one", "positions"),
     "out scaled but lse not": ("rows_sum_to_the_real_share", "equation_11"),
+    "forgotten sink": ("sink", "equation_11"),
+    "sink of the wrong head": ("batch_and_heads_are_independent", "infinite_gamma_is_causal_attention"),
+    "sink without a gradient": ("gradient_of_sink", "sink"),
     "zeros": ("equation_11", "log_sum_exp"),
     "plain causal attention": ("equation_11", "infinite_gamma_is_causal_attention"),
 }
@@ -97,8 +108,18 @@ ERRORS = {
 def outcome(fn: Any, law: str, dtype: torch.dtype = torch.float32, max_examples: int = 20) -> Result:
     """What check_attention finds for one law."""
     steps = {step[0]: step for step in plan(fn, grads=True, dtype=dtype, device="cpu")}
-    name, check, requests, why_not = steps[law]
-    return Result(name, "not run", why=why_not) if why_not else search(name, check, fn, requests, max_examples)
+    name, check, problems, why_not = steps[law]
+    return Result(name, "not run", why=why_not) if why_not else search(name, check, fn, problems, max_examples)
+
+
+@pytest.fixture
+def no_shrinking() -> Iterator[None]:
+    """For a test that asks whether a problem breaks a law and not for the smallest one, which is most of the work."""
+    profile = settings.get_current_profile_name()
+    settings.register_profile("no shrinking", settings.get_profile(profile), phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("no shrinking")
+    yield
+    settings.load_profile(profile)
 
 
 def test_without_an_error_nothing_is_caught():
@@ -109,7 +130,7 @@ def test_without_an_error_nothing_is_caught():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("error", ERRORS)
-def test_planted_error_is_caught(error: str, dtype: torch.dtype):
+def test_planted_error_is_caught(error: str, dtype: torch.dtype, no_shrinking: None):
     broken, whole = ERRORS[error]
     assert outcome(with_error(error), broken, dtype).status == "failed"
     assert not whole or outcome(with_error(error), whole, dtype).status == "passed"
@@ -125,50 +146,65 @@ def test_the_code_of_a_report_reproduces_the_failure(law: str):
     exec(result.code, {"fn": attention})  # and passes without the error
 
 
-def test_the_smallest_request_is_small():
+def test_the_smallest_problem_is_small():
     """Two rows, the least that one of which can see the other's future: everything else is at its default."""
-    request = outcome(with_error("future leak of one key"), "no_row_sees_the_future").request
-    assert request is not None
-    assert (request.batch, request.heads, request.num_queries, request.num_keys, request.head_dim) == (1, 1, 2, 2, 1)
+    problem = outcome(with_error("future leak of one key"), "no_row_sees_the_future").problem
+    assert problem is not None
+    assert (problem.batch, problem.heads, problem.num_queries, problem.num_keys, problem.head_dim) == (1, 1, 2, 2, 1)
 
 
 def test_what_fn_refuses_is_not_run_and_never_passed():
-    def narrow(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> Tensor:
-        if request["visible"] is not None or request["positions"] is not None:
+    def narrow(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if options["visible"] is not None or options["positions"] is not None:
             raise NotImplementedError("masks and positions are not served")
-        if request["gamma"].requires_grad:
+        if options["gamma"].requires_grad:
             raise NotImplementedError("gamma is not learned")
-        return attention(q, k, v, **request)[0]
+        return attention(q, k, v, **options)[0]
 
     report = check_attention(narrow, max_examples=5)
     why = {result.law: result.why for result in report.results if result.status == "not run"}
     assert why == {
         "positions": "fn refuses positions: masks and positions are not served",
         "masks": "fn refuses visible: masks and positions are not served",
+        "sink": "fn refuses sink: its signature does not name it",
         "log_sum_exp": "fn returns no lse",
         "cached_steps_are_the_full_pass": "fn refuses positions: masks and positions are not served",
         "packed_is_one_by_one": "fn refuses positions: masks and positions are not served",
         "padding_changes_nothing": "fn refuses positions: masks and positions are not served",
         "gradient_of_gamma": "gamma is not learned",
+        "gradient_of_sink": "fn refuses sink: its signature does not name it",
         "gradient_of_lse": "fn returns no lse",
     }
     assert not set(why) & set(report.passed)
 
 
+def test_a_fn_that_swallows_keywords_is_given_no_sink():
+    """As one written before there were sinks; no law can then fail on a sink that it never saw."""
+    seen = []
+
+    def swallows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append("sink" in options)
+        return attention(q, k, v, **options)
+
+    assert check_attention(swallows, max_examples=1).not_run == ("sink", "gradient_of_sink")
+    assert seen
+    assert not any(seen)
+
+
 def test_a_fn_that_refuses_everything_passes_nothing():
-    def refuses(*args: Any, **request: Any) -> Tensor:
+    def refuses(*args: Any, **options: Any) -> Tensor:
         raise NotImplementedError("no")
 
     assert check_attention(refuses, max_examples=2).passed == ()
 
 
-def test_inference_kernels():
+def test_inference_kernels(no_shrinking: None):
     @torch.no_grad()
-    def inference(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, **request)
+    def inference(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, sink=sink, **options)
 
     report = check_attention(inference, grads=False, max_examples=3)
-    assert report.not_run == ("gradients", "gradient_of_gamma", "gradient_of_lse")
+    assert report.not_run == ("gradients", "gradient_of_gamma", "gradient_of_sink", "gradient_of_lse")
     assert "does not require grad" in outcome(inference, "gradients", max_examples=3).why
 
 
@@ -185,15 +221,15 @@ def test_a_refusal_in_the_backward_is_not_run():
                 raise NotImplementedError("lse has no gradient")
             return None
 
-    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, **request)
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, k, v, sink=sink, **options)
         return out, NoLseGrad.apply(lse)  # pyright: ignore[reportReturnType]
 
     assert check_attention(fn, max_examples=3).not_run == ("gradient_of_lse",)
 
 
-def test_an_exception_is_a_failure_and_not_a_refusal():
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, visible: Tensor | None) -> Tensor:
+def test_an_exception_is_a_failure_and_not_a_refusal(no_shrinking: None):
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, visible: Tensor | None, sink: Any = None) -> Tensor:
         return q
 
     assert refusals(fn, torch.float32, "cpu") == {}
@@ -203,20 +239,20 @@ def test_an_exception_is_a_failure_and_not_a_refusal():
 def test_a_fn_that_fails_now_and_then_is_a_failure():
     calls = []
 
-    def fn(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
+    def fn(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         calls.append(0)
-        return attention(q, k, v, **request, error="zeros" if len(calls) % 50 == 40 else "")
+        return attention(q, k, v, **options, error="zeros" if len(calls) % 50 == 40 else "")
 
     assert "fn is not deterministic" in outcome(fn, "equation_11", max_examples=100).why
 
 
-def planted(q: Tensor, k: Tensor, v: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
-    return attention(q, k, v, **request, error="out scaled but lse not")
+def planted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return attention(q, k, v, **options, error="out scaled but lse not")
 
 
 def test_shell(capsys: pytest.CaptureFixture[str]):
     assert main([f"{__name__}:attention", "--max-examples", "2", "--no-grads"]) == 0
-    assert "attention, float32 on cpu: 16 laws passed, 0 failed, 3 not run" in capsys.readouterr().out
+    assert "attention, float32 on cpu: 17 laws passed, 0 failed, 4 not run" in capsys.readouterr().out
     assert main([f"{__name__}:planted", "--max-examples", "5", "--no-grads"]) == 1
     out = capsys.readouterr().out
     code = out.split("breaks log_sum_exp:\n\n")[1].split("\n\nThe smallest")[0]
@@ -253,4 +289,4 @@ def test_without_hypothesis_the_package_imports_and_says_what_is_missing():
         "except ModuleNotFoundError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "requests are drawn by hypothesis: pip install 'sm-flex[test]'"
+    assert run.stdout.strip() == "problems are drawn by hypothesis: pip install 'sm-flex[testing]'"

@@ -14,8 +14,8 @@ from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, va
 from sm_flex.diagnostics import attention_map, first_token_share, real_share
 from sm_flex.engines import dense
 from sm_flex.testing import oracle
-from sm_flex.testing.judge import assert_within
-from tests.helpers.problems import qkv
+from sm_flex.testing.tolerance import assert_within
+from tests.helpers.problems import DTYPES, alibi, alibi_bias, packed, qkv, unpacked
 
 GAMMA = torch.linspace(0.02, 0.9, 6).double()
 
@@ -31,12 +31,8 @@ def matrix(q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
     return oracle(q, k, unit_values(k), **kwargs)[0]
 
 
-def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return score - 2.0 ** -(h + 1.0) * (q_idx - kv_idx)
-
-
 DISTANCE = torch.arange(13).unsqueeze(1) - torch.arange(13)
-BIAS = -(2.0 ** -(torch.arange(6) + 1.0)).reshape(1, 6, 1, 1) * DISTANCE
+BIAS = alibi_bias(6, 13)
 EACH = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 1, 2, 0, 1, 0, 900, 3, 4, 5, 6, 7, 8]])
 # name: S, T, arguments of stablemask, arguments of the diagnostics, arguments of the oracle
 PROBLEMS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -50,7 +46,7 @@ PROBLEMS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], dict[str, An
     "positions": (13, 13, {"length": 9, "positions": EACH}, {}, {"length": 9, "positions": EACH}),
     "step": (1, 11, {"length": 20, "positions": torch.tensor([10])}, {}, {"length": 20, "positions": torch.tensor([10])}),
     "chunk": (5, 17, {"length": 20, "positions": torch.arange(12, 17)}, {}, {"length": 20, "positions": torch.arange(12, 17)}),
-    "dead": (11, 4, {"length": 9, "positions": torch.arange(11)}, {}, {"length": 9, "positions": torch.arange(11)}),
+    "fully masked rows": (11, 4, {"length": 9, "positions": torch.arange(11)}, {}, {"length": 9, "positions": torch.arange(11)}),
 }
 for _shape in [(13, 13), (1, 13), (6, 1, 13), (2, 1, 1, 13), (2, 6, 13, 13), (13,)]:
     _visible = torch.rand(_shape, generator=torch.Generator().manual_seed(3)) > 0.4
@@ -106,7 +102,7 @@ def test_none_takes_a_chunk():
     assert_within(first_token_share(q, k, None, key_positions=torch.arange(7)), reference[..., 0], 1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_low_precision_inputs_give_float32(dtype: torch.dtype):
     q, k, _ = qkv(2, 6, 3, 33, 33, 16, dtype)
     gamma = GAMMA.to(torch.promote_types(dtype, torch.float32))
@@ -155,10 +151,10 @@ def test_packed_documents():
     q, k, _ = qkv(1, 6, 3, 13, 13, 13)
     mask = stablemask(GAMMA, length=9)
     found = attention_map(q, k, mask, cu_seqlens=CU)
-    q_thd, k_thd, v_thd = (x.squeeze(0).transpose(0, 1) for x in (q, k, unit_values(k)))
-    packed = varlen_attn(q_thd, k_thd, v_thd, CU, CU, 7, 7, window_size=(-1, 0), enable_gqa=True, score_mod=mask)
-    assert isinstance(packed, Tensor)
-    torch.testing.assert_close(packed.transpose(0, 1).unsqueeze(0), found)
+    q_thd, k_thd, v_thd = (packed(x) for x in (q, k, unit_values(k)))
+    out = varlen_attn(q_thd, k_thd, v_thd, CU, CU, 7, 7, window_size=(-1, 0), enable_gqa=True, score_mod=mask)
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(unpacked(out), found)
     first = first_token_share(q, k, mask, cu_seqlens=CU)
     share = real_share(q, k, mask, cu_seqlens=CU)
     for start, end in ((0, 5), (5, 6), (6, 13)):
@@ -273,65 +269,3 @@ def test_empty(batch: int, rows: int):
     mask = stablemask(0.1, length=9)
     assert attention_map(q, k, mask).shape == (batch, 4, rows, rows)
     assert first_token_share(q, k, mask).shape == real_share(q, k, mask).shape == (batch, 4, rows)
-
-
-Q, K = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
-MASK = stablemask(0.5, length=9)
-STEP = stablemask(0.5, length=9, positions=torch.tensor([6]))
-DIAGNOSTICS = (attention_map, first_token_share, real_share)
-CU7 = torch.tensor([0, 3, 7], dtype=torch.int32)
-UNORDERED = stablemask(0.5, length=9, positions=torch.arange(7), ordered=False)
-CAUSAL = create_block_mask(lambda b, h, i, j: i >= j, None, None, 7, 7, device="cpu")
-CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
-    "a number for a mask": ((Q, K, 0.5), {}, TypeError, "mask must be a StableMask, or None.*got float.*stablemask"),
-    "no tensor": (([1.0], K, MASK), {}, TypeError, "query must be a tensor, got list"),
-    "3-D": ((Q[0], K[0], MASK), {}, ValueError, r"query must be 4-D, \(B, H, S, D\)"),
-    "integers": ((Q.long(), K.long(), MASK), {}, TypeError, "query must be a floating tensor, got dtype torch.int64"),
-    "heads": ((Q[:, :3], K, MASK), {}, ValueError, "query heads must be a multiple of key heads, got 3 and 2"),
-    "head dim": ((Q, K[..., :5], MASK), {}, ValueError, "key must have the head dim of query, 8, got 5"),
-    "dtype": ((Q, K.double(), MASK), {}, ValueError, "key must have the dtype of query"),
-    "gamma of 3 heads": ((Q, K, stablemask(torch.rand(3))), {}, ValueError, "gamma must have one value for each of the 4"),
-    "positions missing": ((Q[:, :, :3], K, MASK), {}, ValueError, "positions are required where query and key lengths differ"),
-    "scale": ((Q, K, MASK), {"scale": "1"}, TypeError, "scale must be a number or None, got str"),
-    "visible list": ((Q, K, MASK), {"visible": [True]}, TypeError, "visible must be a boolean tensor, a BlockMask .*got list"),
-    "visible float": ((Q, K, MASK), {"visible": torch.zeros(7, 7)}, TypeError, "visible must be a boolean.*float32.*score_mod"),
-    "visible shape": ((Q, K, MASK), {"visible": torch.ones(6, 7) > 0}, ValueError, r"visible must be broadcastable to \(B, H"),
-    "visible block mask": (
-        (Q, K, MASK), {"visible": create_block_mask(lambda b, h, i, j: i >= j, None, None, 9, 7, device="cpu")},
-        ValueError, r"visible must be for \(S, T\) = \(7, 7\), got \(9, 7\)",
-    ),
-    "cu_seqlens list": ((Q, K, MASK), {"cu_seqlens": [0, 7]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
-    "cu_seqlens 2-D": ((Q, K, MASK), {"cu_seqlens": CU[None]}, ValueError, r"cu_seqlens must be \(documents \+ 1,\)"),
-    "cu_seqlens short": ((Q, K, MASK), {"cu_seqlens": CU}, ValueError, "cu_seqlens must rise from 0 to the number of rows, 7"),
-    "cu_seqlens without length": ((Q, K, stablemask(0.5)), {"cu_seqlens": CU7}, ValueError, "length is required with cu_seqlens"),
-    "cu_seqlens unordered": (
-        (Q, K, UNORDERED), {"cu_seqlens": CU7, "visible": CAUSAL},
-        ValueError, "cu_seqlens is for rows in order.*ordered=False",
-    ),
-    "cu_seqlens of a step": ((Q[:, :, :1], K, STEP), {"cu_seqlens": CU7}, ValueError, "cu_seqlens is for.*S=1, T=7.*visible"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input(name: str):
-    args, kwargs, kind, message = CASES[name]
-    for diagnostic in DIAGNOSTICS:
-        with pytest.raises(kind, match=message):
-            diagnostic(*args, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("key_positions", "kind", "message"),
-    [
-        (None, ValueError, "key_positions are required where query and key lengths differ, got S=1 and T=7"),
-        ([0, 1], TypeError, "key_positions must be an integer tensor"),
-        (torch.zeros(7), TypeError, "key_positions must be an integer tensor, int32 or int64, got dtype torch.float32"),
-        (torch.arange(6), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(6,\)"),
-        (torch.zeros(1, 2, 7).long(), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(1, 2, 7\)"),
-        (torch.zeros(3, 7).long(), ValueError, r"key_positions must be \(7,\) or \(2, 7\), got \(3, 7\)"),
-        (torch.arange(7, device="meta"), ValueError, "key_positions must be on the device of query, cpu, got meta"),
-    ],
-)
-def test_bad_key_positions(key_positions: Any, kind: type[Exception], message: str):
-    with pytest.raises(kind, match=message):
-        first_token_share(Q[:, :, :1], K, STEP, key_positions=key_positions)

@@ -12,9 +12,10 @@ from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
 from sm_flex.engines import cpu_chunks, dense
-from sm_flex.testing import assert_as_good_as, oracle
+from sm_flex.testing import assert_matches_eq11, assert_within_error_budget, oracle
+from sm_flex.testing.gradients import outputs_and_gradients
 from sm_flex.visibility.blocks import narrow_block_mask
-from tests.helpers.problems import check, gradients, qkv
+from tests.helpers.problems import DTYPES, packed, qkv, unpacked
 
 CPU = torch.device("cpu")
 
@@ -27,12 +28,11 @@ def test_varlen_row_without_keys_and_without_mass(gamma: float):
     rate = torch.tensor(gamma, dtype=torch.float64)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         out, lse = varlen_attn(
-            q, k, v, cu_q, cu_k, 3, 1, window_size=(-1, 0), return_aux=VarlenAux(lse=True),
+            packed(q), packed(k), packed(v), cu_q, cu_k, 3, 1, window_size=(-1, 0), return_aux=VarlenAux(lse=True),
             score_mod=stablemask(rate, length=2, positions=positions),
         )  # fmt: skip
-        return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0).clamp(min=-1e3)
+        return unpacked(out), lse.unsqueeze(0).clamp(min=-1e3)
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = oracle(q, k, v, gamma=rate, length=2, positions=positions)
@@ -40,8 +40,8 @@ def test_varlen_row_without_keys_and_without_mass(gamma: float):
 
     inputs = qkv(1, 2, 2, 3, 1, 8)
     grad_out, grad_lse = torch.randn(1, 2, 3, 8).double(), torch.randn(1, 2, 3).double()
-    expected = gradients(reference, inputs, grad_out, grad_lse)
-    for a, b in zip(gradients(run, inputs, grad_out, grad_lse), expected, strict=True):
+    expected = outputs_and_gradients(reference, inputs, grad_out, grad_lse)
+    for a, b in zip(outputs_and_gradients(run, inputs, grad_out, grad_lse), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -77,10 +77,10 @@ def test_float32_mask_is_not_rounded(dtype: torch.dtype):
     torch_out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias.masked_fill(~torch.ones(64, 64).tril().bool(), -math.inf)
     )
-    assert_as_good_as(out, reference, torch_out, lse=lse)
+    assert_within_error_budget(out, reference, torch_out, lse=lse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_float_mask_on_the_kernel(dtype: torch.dtype):
     bias = torch.randn(1, 6, 13, 13).to(dtype)
 
@@ -89,7 +89,7 @@ def test_constant_float_mask_on_the_kernel(dtype: torch.dtype):
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True, score_mod=mask), None
 
     gamma = torch.linspace(0.1, 0.6, 6).to(dtype if dtype == torch.float64 else torch.float32)
-    check(run, [*qkv(2, 6, 3, 13, 13, 8, dtype), gamma], lambda: {"bias": bias, "length": 13})
+    assert_matches_eq11(run, [*qkv(2, 6, 3, 13, 13, 8, dtype), gamma], {"bias": bias, "length": 13})
 
 
 def test_positions_of_32_bits_with_a_length_beyond_them():
@@ -105,11 +105,11 @@ def test_scale_that_is_not_positive(scale: float):
         return out, aux.lse
 
     inputs = [*qkv(1, 2, 2, 13, 13, 8), torch.tensor([0.3, 0.1]).double()]
-    check(run, inputs, lambda: {"length": 30, "scale": scale})
-    q, k, v = (x[0].transpose(0, 1) for x in inputs[:3])
+    assert_matches_eq11(run, inputs, {"length": 30, "scale": scale})
+    q, k, v = (packed(x) for x in inputs[:3])
     cu = torch.tensor([0, 13]).int()
     out = varlen_attn(q, k, v, cu, cu, 13, 13, window_size=(-1, 0), scale=scale, score_mod=stablemask(0.3, length=30))
-    torch.testing.assert_close(out.transpose(0, 1)[None], oracle(*inputs[:3], gamma=0.3, length=30, scale=scale)[0])
+    torch.testing.assert_close(unpacked(out), oracle(*inputs[:3], gamma=0.3, length=30, scale=scale)[0])
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e5, 1e7])
@@ -232,7 +232,7 @@ def test_compiled_rows_after_the_last_document_are_zero(grad: bool, fresh_compil
     """Compiled, where nobody reads cu_seq_q: rows beyond it see nothing, at p = N-1 and at gamma = inf too. NaN would spread."""
     cu = torch.tensor([0, 5, 9], dtype=torch.int32)
     gamma = torch.tensor([math.inf, 0.5])
-    q, k, v = [x[0].transpose(0, 1).requires_grad_(grad) for x in qkv(1, 2, 2, 14, 14, 8, torch.float32)]
+    q, k, v = [packed(x).requires_grad_(grad) for x in qkv(1, 2, 2, 14, 14, 8, torch.float32)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         mask = stablemask(gamma, length=8)
@@ -252,7 +252,7 @@ def test_compiled_keys_after_the_last_document_have_no_gradient(fresh_compiler: 
     """A longer buffer of keys than the documents fill: its gradient has its length."""
     cu = torch.tensor([0, 5, 9], dtype=torch.int32)
     mask = stablemask(0.5, length=8, positions=torch.tensor([*range(5), *range(4)]))
-    q, k, v = [x[0].transpose(0, 1).requires_grad_() for x in qkv(1, 2, 2, 9, 12, 8, torch.float32)]
+    q, k, v = [packed(x).requires_grad_() for x in qkv(1, 2, 2, 9, 12, 8, torch.float32)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         out = varlen_attn(q, k, v, cu, cu, 5, 5, window_size=(-1, 0), score_mod=mask)

@@ -46,7 +46,7 @@ def check(out: Tensor, lse: Tensor, mass: Mass, in_place: bool) -> None:
 
 
 def problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out in the (B, S, H, D) memory of flash attention and lse in the (B, S, H) memory of the CPU op; one dead row."""
+    """out in the (B, S, H, D) memory of flash attention and lse in the (B, S, H) memory of the CPU op; one fully masked row."""
     out = torch.randn(2, rows, 3, dim).to(dtype).transpose(1, 2)
     lse = (2 * torch.randn(2, rows, 3)).transpose(1, 2)
     lse[0, 1, rows // 2] = -INF

@@ -11,8 +11,9 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 
 from benchmarks.fuzz.entry_points import CPU_PATHS
 from sm_flex import flex_attention, headwise_gamma, log_mass, stablemask
-from sm_flex.testing import Request, check_attention
-from sm_flex.testing.strategies import requests
+from sm_flex.testing import Problem, check_attention
+from sm_flex.testing.strategies import problems
+from tests.helpers.problems import DTYPES
 
 # What a way in cannot express: this much is not run, and everything else is.
 NOT_RUN = {
@@ -20,10 +21,11 @@ NOT_RUN = {
     "scaled_dot_product_attention, cpu, boolean mask": {"log_sum_exp", "gradient_of_lse"},
     "scaled_dot_product_attention, cpu, float mask": {"log_sum_exp", "gradient_of_lse"},
     "scaled_dot_product_attention, dense, boolean mask": {"log_sum_exp", "gradient_of_lse"},
+    "remask": {"sink", "gradient_of_sink"},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_every_way_in_keeps_every_law(path: str, dtype: torch.dtype):
     examples = max(1, settings.default.max_examples // (3 if dtype == torch.float64 else 8))  # pyright: ignore
@@ -31,24 +33,24 @@ def test_every_way_in_keeps_every_law(path: str, dtype: torch.dtype):
     assert set(report.not_run) == NOT_RUN.get(path, set())
 
 
-@given(requests(takes=("grouped",)))
-def test_identical_tokens_have_rising_odds(request: Request):
+@given(problems(takes=("grouped",)))
+def test_identical_tokens_have_rising_odds(problem: Problem):
     """Section 4.2, where alpha has long rounded to 1: l - log M strictly increases up to row N-1, where it is infinite."""
-    q, k, v = request.qkv
-    q, k = (x[:, :, :1].expand(-1, -1, request.num_keys, -1) for x in (q, k))
+    q, k, v = problem.qkv
+    q, k = (x[:, :, :1].expand(-1, -1, problem.num_keys, -1) for x in (q, k))
     _, lse = flex_attention(q, k, v, score_mod=stablemask(math.inf), enable_gqa=True, return_lse=True)
-    rows = min(request.num_queries, request.length - 1)
-    odds = (lse - log_mass(request.rates, torch.arange(request.num_queries), request.length))[..., :rows]
+    rows = min(problem.num_queries, problem.length - 1)
+    odds = (lse - log_mass(problem.gamma_H, torch.arange(problem.num_queries), problem.length))[..., :rows]
     odds = odds[torch.isfinite(odds).all(-1)]
     assert (odds.diff(dim=-1) > 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@given(requests(takes=("grouped",)))
-def test_lse_is_that_of_torchs_flex_over_presoftmax(request: Request):
+@given(problems(takes=("grouped",)))
+def test_lse_is_that_of_torchs_flex_over_presoftmax(problem: Problem):
     """l' is the log-sum-exp of the whole row of A_SM, as torch's own flex_attention computes it from eq. 8."""
-    q, k, v = request.qkv
-    mask = stablemask(request.rates.clamp(max=1e4))  # 0 * inf is NaN in eq. 8 as printed
+    q, k, v = problem.qkv
+    mask = stablemask(problem.gamma_H.clamp(max=1e4))  # 0 * inf is NaN in eq. 8 as printed
     _, aux = torch_flex_attention(q, k, v, score_mod=mask.presoftmax, enable_gqa=True, return_aux=AuxRequest(lse=True))
     assert aux.lse is not None
     _, lse = flex_attention(q, k, v, score_mod=mask, enable_gqa=True, return_lse=True)
@@ -57,7 +59,7 @@ def test_lse_is_that_of_torchs_flex_over_presoftmax(request: Request):
 
 
 @given(st.integers(1, 70))
-def test_headwise_rates_are_distinct_and_below_one(heads: int):
+def test_headwise_gammas_are_distinct_and_below_one(heads: int):
     gamma = headwise_gamma(heads)
     assert gamma.shape == (heads,)
     assert len(set(gamma.tolist())) == heads

@@ -1,4 +1,4 @@
-"""log M and the head-wise rates against the sum that they stand for, in 40 digits where it matters."""
+"""log M and the head-wise gammas against the sum that they stand for, in 40 digits where it matters."""
 
 import math
 import pickle
@@ -103,7 +103,7 @@ def test_every_position_of_a_long_sequence():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_rate_over_131072_positions(dtype: torch.dtype):
+def test_every_gamma_over_131072_positions(dtype: torch.dtype):
     """float32 rounds what float64 says at every position; float64 is mpmath's at some of each stretch, to the last and beyond."""
     length = 131072
     positions = torch.cat([torch.arange(length), length + torch.arange(5)])
@@ -111,16 +111,16 @@ def test_every_rate_over_131072_positions(dtype: torch.dtype):
     actual = log_mass(gamma.to(dtype), positions, length)
     torch.testing.assert_close(actual, log_mass(gamma.double(), positions, length).to(dtype), rtol=0, atol=0)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-7
-    for rate, row in zip(gamma.double().tolist(), actual.tolist(), strict=True):
+    for number, row in zip(gamma.double().tolist(), actual.tolist(), strict=True):
         for p in (1, 1000, length // 2, length - 100, length + 3):
-            assert row[p] == pytest.approx(float(exact(rate, p, length)), rel=tolerance, abs=tolerance)
+            assert row[p] == pytest.approx(float(exact(number, p, length)), rel=tolerance, abs=tolerance)
 
 
 def test_a_number_is_rounded_once():
-    """A rate given as a number is float64 to the end: only log M itself is rounded to float32."""
+    """A gamma given as a number is float64 to the end: only log M itself is rounded to float32."""
     positions = torch.arange(5000)
-    exact_rate = torch.tensor(0.1, dtype=torch.float64)
-    assert torch.equal(log_mass(0.1, positions, 6000), log_mass(exact_rate, positions, 6000).float())
+    same_gamma = torch.tensor(0.1, dtype=torch.float64)
+    assert torch.equal(log_mass(0.1, positions, 6000), log_mass(same_gamma, positions, 6000).float())
     assert not torch.equal(log_mass(0.1, positions, 6000), log_mass(torch.tensor(0.1), positions, 6000))
 
 
@@ -132,7 +132,7 @@ def test_packed_documents_start_again():
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=0)
 
 
-def test_rates_for_no_head_are_refused():
+def test_gammas_for_no_head_are_refused():
     for heads in (0, -1):
         with pytest.raises(ValueError, match=f"at least 1, got {heads}"):
             headwise_gamma(heads)
@@ -168,8 +168,6 @@ def test_headwise_twelve_heads_as_alibi():
 
 
 def test_a_stablemask_survives_pickling():
-    from sm_flex import stablemask
-
     again = pickle.loads(pickle.dumps(stablemask(0.5, length=7)))
     assert again.gamma == 0.5
     assert again.length == 7

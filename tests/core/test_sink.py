@@ -1,4 +1,4 @@
-"""A sink beside the mass of gamma (gpt-oss's learned ones, the paper's Table 3) against eq. 11 with those pseudo scores."""
+"""A sink beside the mass of gamma (gpt-oss's learned ones, the paper's Table 3) against eq. 11 with one more pseudo column."""
 
 import copy
 import math
@@ -16,160 +16,128 @@ from sm_flex import flex_attention, headwise_gamma, log_mass, scaled_dot_product
 from sm_flex.epilogue.formula import real_share_and_lse
 from sm_flex.epilogue.remask import epilogue
 from sm_flex.mass.closed_form import log_mass_table
-from tests.helpers.problems import qkv
+from sm_flex.testing import assert_matches_eq11, oracle
+from sm_flex.testing.gradients import Attention, outputs_and_gradients
+from tests.helpers.problems import documents, packed, qkv, unpacked
 
 HEADS, LENGTH = 6, 29
+CONSTANT = 1e-2  # a pseudo score that is the same in every column (Table 3)
 
 
-def eq_11(
-    q: Tensor, k: Tensor, v: Tensor, pseudo: Tensor, positions: Tensor | None = None, window: int = -1
-) -> tuple[Tensor, Tensor]:
-    """softmax over the real scores and the pseudo scores (B|1, H|1, S, any number), whose columns have no value; and its lse."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    rows, keys = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
-    seen = (keys <= rows) & ((rows - keys <= window) if window >= 0 else torch.tensor(True))
-    real = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -math.inf)
-    row = torch.cat([real, pseudo.expand(*q.shape[:3], pseudo.shape[-1])], dim=-1)
-    return torch.softmax(row, dim=-1)[..., : k.shape[2]] @ v, torch.logsumexp(row, dim=-1)
+def log_mass_of_constant(num_rows: int) -> Tensor:
+    """log(N-1-p) + c, (1, S)."""
+    return log_mass(torch.tensor(0.0).double(), torch.arange(num_rows), LENGTH) + CONSTANT
 
 
-def pseudo_scores(gamma: Tensor | None, constant: float | None, sink: Tensor | None, num_rows: int) -> Tensor:
-    """One column for each pseudo score: -j gamma or a constant for i < j < N, and the sink (H,) in a column of its own."""
+def constant_columns(num_rows: int) -> Tensor:
+    """The log-sum-exp of pseudo scores c for i < j < N, column by column, (1, S)."""
     i, j = torch.arange(num_rows)[:, None], torch.arange(LENGTH)
-    columns = []
-    if gamma is not None:
-        columns.append(torch.where(j > i, -j * gamma[:, None, None], -math.inf))
-    if constant is not None:
-        columns.append(torch.where(j > i, torch.tensor(constant, dtype=torch.float64), -math.inf).expand(HEADS, -1, -1))
-    if sink is not None:
-        columns.append(sink.reshape(-1, 1, 1).expand(HEADS, num_rows, 1))
-    return torch.cat(columns, dim=-1).unsqueeze(0)
+    return torch.logsumexp(torch.where(j > i, torch.tensor(CONSTANT, dtype=torch.float64), -math.inf), dim=-1).unsqueeze(0)
 
 
-def table_of(constant: float, num_rows: int) -> Tensor:
-    """log M of pseudo scores that are all one constant: log(N-1-p) + c."""
-    return log_mass(torch.tensor(0.0).double(), torch.arange(num_rows), LENGTH) + constant
-
-
-def rates() -> Tensor:
-    return headwise_gamma(HEADS).double()
-
-
-# name: (the mask's arguments, the pseudo scores that they stand for), given the learned sink and the number of rows
-MASSES: dict[str, tuple[Callable[[Tensor, int], tuple[Any, Any]], Callable[[Tensor, int], Tensor]]] = {
-    "a fixed token": (lambda s, n: (math.inf, 0.0), lambda s, n: pseudo_scores(None, None, torch.zeros(1).double(), n)),
-    "a constant": (lambda s, n: (math.inf, table_of(1e-2, n)), lambda s, n: pseudo_scores(None, 1e-2, None, n)),
-    "one a head": (lambda s, n: (math.inf, s), lambda s, n: pseudo_scores(None, None, s, n)),
-    "beside gamma": (lambda s, n: (rates(), s), lambda s, n: pseudo_scores(rates(), None, s, n)),
-    "a row": (lambda s, n: (0.0, s[:, None] * 2), lambda s, n: pseudo_scores(torch.zeros(HEADS).double(), None, 2 * s, n)),
-    "a batch": (lambda s, n: (rates(), s.expand(2, -1)[..., None]), lambda s, n: pseudo_scores(rates(), None, s, n)),
+# name: gamma and the sink as stablemask is given them, and as the oracle is, from a learned (H,) and the number of rows.
+Case = tuple[Any, Any, Any]
+MASSES: dict[str, Callable[[Tensor, int], Case]] = {
+    "a fixed token": lambda s, n: (math.inf, 0.0, 0.0),
+    "a constant": lambda s, n: (math.inf, log_mass_of_constant(n), constant_columns(n)),
+    "one per head": lambda s, n: (math.inf, s, s),
+    "beside gamma": lambda s, n: (headwise_gamma(HEADS).double(), s, s),
+    "a table": lambda s, n: (0.0, s[:, None] * 2, s[:, None] * 2),
+    "a table per batch": lambda s, n: (headwise_gamma(HEADS).double(), s.expand(2, -1)[..., None], s.expand(2, -1)[..., None]),
 }
-
-
-def answers(fn: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> list[Tensor]:
-    """out, lse and the gradient of q, k, v and the sink, of a loss that reaches out and lse."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out, lse = fn(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    loss = (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum()
-    if lse is not None:
-        loss = loss + (lse * torch.randn(lse.shape, generator=generator, dtype=lse.dtype)).sum()
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-    return [out.detach(), *([] if lse is None else [lse.detach()]), *found]
-
-
-def agree(
-    ours: Callable[..., tuple[Tensor, Tensor | None]],
-    reference: Callable[..., tuple[Tensor, Tensor | None]],
-    inputs: list[Tensor],
-) -> list[Tensor]:
-    actual = answers(ours, inputs)
-    torch.testing.assert_close(actual, answers(reference, inputs), rtol=0, atol=1e-10)
-    return actual
 
 
 def a_sink() -> Tensor:
     return torch.linspace(-1.5, 2.0, HEADS, dtype=torch.float64)
 
 
+def assert_matches(
+    run: Attention, inputs: list[Tensor], name: str, num_rows: int, rows: Tensor, with_lse_grad: bool, **options: Any
+) -> None:
+    """run(q, k, v, gamma, s) is the oracle's; a sink that has one value per row has those of rows."""
+    gamma, *_ = MASSES[name](a_sink(), num_rows)
+
+    def oracle_kwargs(s: Tensor) -> dict[str, Any]:
+        _, _, sink = MASSES[name](s, num_rows)
+        return {"length": LENGTH, "sink": at_rows(sink, num_rows, rows), **options}
+
+    assert_matches_eq11(
+        run, [*inputs, torch.as_tensor(gamma, dtype=torch.float64), a_sink()], oracle_kwargs,
+        constants=["gamma"], with_lse_grad=with_lse_grad, tolerance=1e-10,
+    )  # fmt: skip
+
+
+def at_rows(sink: Any, num_rows: int, rows: Tensor) -> Any:
+    return sink[..., rows] if isinstance(sink, Tensor) and sink.shape[-1] == num_rows else sink
+
+
 @pytest.mark.parametrize("name", MASSES)
 @pytest.mark.parametrize("rows", [1, 23, LENGTH])
 @pytest.mark.parametrize("backend", ["AUTO", "MATH"])
 def test_flex(backend: str, rows: int, name: str):
-    arguments, pseudo = MASSES[name]
-
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        gamma, sink = arguments(s, rows)
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
+        number_or_tensor, sink, _ = MASSES[name](s, rows)
         out, aux = flex_attention(
-            q, k, v, score_mod=stablemask(gamma, length=LENGTH, sink=sink), enable_gqa=True,
+            q, k, v, score_mod=stablemask(number_or_tensor, length=LENGTH, sink=sink), enable_gqa=True,
             kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
         )  # fmt: skip
-        assert aux.lse is not None
         return out, aux.lse
 
-    inputs = [*qkv(2, HEADS, 2, rows, rows, 7), a_sink()]
-    *_, grad = agree(run, lambda q, k, v, s: eq_11(q, k, v, pseudo(s, rows)), inputs)
+    inputs = qkv(2, HEADS, 2, rows, rows, 7)
+    assert_matches(run, inputs, name, rows, torch.arange(rows), with_lse_grad=True)
+    grad_out, grad_lse = torch.ones(2, HEADS, rows, 7).double(), torch.ones(2, HEADS, rows).double()
+    *_, grad = outputs_and_gradients(run, [*inputs, torch.zeros(()), a_sink()], grad_out, grad_lse)
     assert bool(grad.any()) == (name not in ("a fixed token", "a constant"))
 
 
 @pytest.mark.parametrize("name", MASSES)
 def test_sdpa_of_a_chunk(name: str):
     """Queries that are the last of their keys: their positions begin later, and a table has their rows."""
-    arguments, pseudo = MASSES[name]
     positions = torch.arange(12, 23)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, None]:
-        gamma, sink = arguments(s, 23)
-        if isinstance(sink, Tensor) and sink.shape[-1] == 23:
-            sink = sink[..., 12:]
-        mask = stablemask(gamma, length=LENGTH, positions=positions, sink=sink)
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, s: Tensor) -> tuple[Tensor, None]:
+        number_or_tensor, sink, _ = MASSES[name](s, 23)
+        mask = stablemask(number_or_tensor, length=LENGTH, positions=positions, sink=at_rows(sink, 23, positions))
         visible = torch.ones(11, 23, dtype=torch.bool)
         return scaled_dot_product_attention(q, k, v, visible, score_mod=mask, enable_gqa=True), None
 
-    def reference(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, None]:
-        return eq_11(q, k, v, pseudo(s, 23)[:, :, 12:])[0], None
-
-    agree(run, reference, [*qkv(2, HEADS, 2, 11, 23, 7), a_sink()])
+    inputs = qkv(2, HEADS, 2, 11, 23, 7)
+    assert_matches(run, inputs, name, 23, positions, with_lse_grad=False, positions=positions)
 
 
-@pytest.mark.parametrize("name", [name for name in MASSES if name != "a batch"])
+@pytest.mark.parametrize("name", [name for name in MASSES if name != "a table per batch"])
 @pytest.mark.parametrize("window", [-1, 4])
 def test_varlen(window: int, name: str):
-    arguments, pseudo = MASSES[name]
-    lengths = (5, 1, 17)
-    total, cu = sum(lengths), torch.tensor([0, 5, 6, 23], dtype=torch.int32)
+    """A table goes by the position in the document, as gamma's mass."""
+    cu, ids, positions = documents([5, 1, 17])
 
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        gamma, sink = arguments(s, total)
-        if isinstance(sink, Tensor) and sink.shape[-1] == total:  # by the position in the document, as gamma's mass
-            sink = torch.cat([sink[..., :n] for n in lengths], dim=-1)
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        number_or_tensor, sink, _ = MASSES[name](s, 23)
         result = varlen_attn(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1),
-            cu, cu, 17, 17, window_size=(window, 0), enable_gqa=True,
-            score_mod=stablemask(gamma, length=LENGTH, sink=sink), return_aux=VarlenAuxRequest(lse=True),
+            packed(q), packed(k), packed(v), cu, cu, 17, 17, window_size=(window, 0), enable_gqa=True,
+            score_mod=stablemask(number_or_tensor, length=LENGTH, sink=at_rows(sink, 23, positions)),
+            return_aux=VarlenAuxRequest(lse=True),
         )  # fmt: skip
         assert isinstance(result, tuple)
-        return result
+        return unpacked(result[0]), result[1].unsqueeze(0)
 
-    def reference(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), lengths, strict=True)
-        outs, lses = zip(*[eq_11(q, k, v, pseudo(s, n), window=window) for q, k, v, n in parts], strict=True)
-        return torch.cat(outs, dim=2)[0].transpose(0, 1), torch.cat(lses, dim=2)[0]
-
-    agree(run, reference, [*qkv(1, HEADS, 2, total, total, 7), a_sink()])
+    i = torch.arange(23)
+    visible = ids.unsqueeze(1) == ids
+    if window >= 0:
+        visible = visible & (i.unsqueeze(1) - i <= window)
+    inputs = qkv(1, HEADS, 2, 23, 23, 7)
+    assert_matches(run, inputs, name, 23, positions, with_lse_grad=True, positions=positions, visible=visible)
 
 
 def test_gamma_and_the_sink_are_learned_together():
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> tuple[Tensor, None]:
-        return flex_attention(q, k, v, score_mod=stablemask(g, length=LENGTH, sink=s), enable_gqa=True), None
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, s: Tensor) -> tuple[Tensor, None]:
+        return flex_attention(q, k, v, score_mod=stablemask(gamma, length=LENGTH, sink=s), enable_gqa=True), None
 
-    def reference(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> tuple[Tensor, None]:
-        return eq_11(q, k, v, pseudo_scores(g, None, s, 13))[0], None
-
-    *_, ds, dg = agree(run, reference, [*qkv(2, HEADS, 2, 13, 13, 7), a_sink(), rates()])
-    assert ds.abs().min() > 0
-    assert dg.abs().min() > 0
+    inputs = [*qkv(2, HEADS, 2, 13, 13, 7), headwise_gamma(HEADS).double(), a_sink()]
+    assert_matches_eq11(run, inputs, lambda s: {"length": LENGTH, "sink": s}, tolerance=1e-10)
+    *_, d_gamma, d_sink = outputs_and_gradients(run, inputs, torch.ones(2, HEADS, 13, 7), None)
+    assert d_sink.abs().min() > 0
+    assert d_gamma.abs().min() > 0
 
 
 def test_where_neither_has_mass_gradients_are_finite():
@@ -253,11 +221,11 @@ def test_the_epilogue_takes_the_table_where_the_kernel_would_not_know_of_the_sin
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu(compiled: bool, name: str):
     """Training and inference, by the library kernels and by torch's flex, against the plain formula in float64."""
-    arguments, pseudo = MASSES[name]
     q, k, v = [x.cuda().bfloat16() for x in qkv(2, HEADS, 2, 23, 23, 64, torch.float32)]
-    gamma, sink = [x.float().cuda() if isinstance(x, Tensor) else x for x in arguments(a_sink(), 23)]
+    gamma, sink, oracle_sink = MASSES[name](a_sink(), 23)
+    reference, _ = oracle(q.cpu(), k.cpu(), v.cpu(), gamma=gamma, length=LENGTH, sink=oracle_sink)
+    gamma, sink = [x.float().cuda() if isinstance(x, Tensor) else x for x in (gamma, sink)]
     mask = stablemask(gamma, length=LENGTH, sink=sink)
-    reference, _ = eq_11(q.cpu().double(), k.cpu().double(), v.cpu().double(), pseudo(a_sink(), 23))
     block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 23, 23, device="cuda")
     for options in ({}, {"block_mask": block_mask}):
 

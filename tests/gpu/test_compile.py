@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import AuxRequest, and_masks, create_bloc
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, varlen_attn
-from tests.helpers.gpu import DEVICE, documents, fixed, flex_with_lse, gamma_of, packed
-from tests.helpers.problems import check, qkv
+from sm_flex.testing import assert_matches_eq11
+from tests.helpers.gpu import DEVICE, assert_matches_eq11_with_gamma_fixed
+from tests.helpers.problems import alibi, alibi_bias, documents, flex_with_lse, gamma_of, packed, qkv, unpacked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,20 +26,20 @@ BF16 = torch.bfloat16
 
 
 def problem(rows: int, dim: int = 64, dtype: torch.dtype = BF16) -> list[Tensor]:
-    return [*qkv(2, 6, 2, rows, rows, dim, dtype, DEVICE), gamma_of(6, dtype)]
+    return [*qkv(2, 6, 2, rows, rows, dim, dtype, DEVICE), gamma_of(6, dtype, DEVICE)]
 
 
 @pytest.mark.parametrize("backend", ["AUTO", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"])
 def test_engines_learned_and_through_lse(backend: str):
     run = torch.compile(flex_with_lse(backend, length=200), fullgraph=True)
-    check(run, problem(139), lambda: {"length": 200}, with_lse_grad=True)
+    assert_matches_eq11(run, problem(139), {"length": 200}, with_lse_grad=True)
 
 
 def test_not_learned_with_positions():
     """The kernel that works log M out by itself, inside the graph; torch.compile sees a tensor gamma."""
     positions = torch.cat([torch.arange(58), torch.arange(81)]).to(DEVICE)
     kwargs = {"length": 200, "positions": positions}
-    check(fixed(torch.compile(flex_with_lse("AUTO", **kwargs), fullgraph=True)), problem(139), lambda: kwargs)
+    assert_matches_eq11_with_gamma_fixed(torch.compile(flex_with_lse("AUTO", **kwargs), fullgraph=True), problem(139), kwargs)
 
 
 def test_masked():
@@ -47,27 +48,27 @@ def test_masked():
 
     attn_mask = (torch.rand(2, 1, 61, 61) > 0.4).to(DEVICE)
     for kernel in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        inputs = [*qkv(2, 4, 4, 61, 61, 64, BF16, DEVICE), gamma_of(4, BF16), attn_mask]
+        inputs = [*qkv(2, 4, 4, 61, 61, 64, BF16, DEVICE), gamma_of(4, BF16, DEVICE), attn_mask]
         with sdpa_kernel(kernel):
-            check(torch.compile(run, fullgraph=True), inputs, lambda m: {"length": 80, "visible": m})
+            assert_matches_eq11(torch.compile(run, fullgraph=True), inputs, lambda m: {"length": 80, "visible": m})
         torch._dynamo.reset()
 
 
 def test_varlen():
     lengths = [3, 0, 149, 1, 46]
-    cu, ids, positions = documents(lengths)
+    cu, ids, positions = documents(lengths, DEVICE)
 
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = varlen_attn(
             packed(q), packed(k), packed(v), cu, cu, 149, 149, window_size=(-1, 0), enable_gqa=True,
             return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=140),
         )  # fmt: skip
-        return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+        return unpacked(out), lse.unsqueeze(0)
 
-    inputs = [*qkv(1, 6, 2, 199, 199, 64, BF16, DEVICE), gamma_of(6, BF16)]
+    inputs = [*qkv(1, 6, 2, 199, 199, 64, BF16, DEVICE), gamma_of(6, BF16, DEVICE)]
     visible = ids.unsqueeze(1) == ids
     kwargs = {"length": 140, "positions": positions, "visible": visible}
-    check(fixed(torch.compile(run, fullgraph=True)), inputs, lambda: kwargs)
+    assert_matches_eq11_with_gamma_fixed(torch.compile(run, fullgraph=True), inputs, kwargs)
 
 
 def graphs(run: Callable[..., Tensor], inputs: list[list[Any]]) -> int:
@@ -94,7 +95,7 @@ def test_at_most_three_graphs_over_five_lengths(backend: str):
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": backend})
 
-    mask = stablemask(gamma_of(4, BF16), length=600)
+    mask = stablemask(gamma_of(4, BF16, DEVICE), length=600)
     inputs = [[x.requires_grad_() for x in qkv(2, 4, 4, n, n, 64, BF16, DEVICE)] for n in ROWS]
     assert graphs(run, inputs) <= 3
 
@@ -104,7 +105,7 @@ def test_at_most_three_graphs_over_five_lengths_of_a_cache():
         mask = stablemask(gamma, length=600, positions=positions)
         return flex_attention(q, k, v, score_mod=mask, enable_gqa=True)
 
-    gamma = gamma_of(6, BF16)
+    gamma = gamma_of(6, BF16, DEVICE)
     inputs = [[*qkv(2, 6, 2, 1, n, 64, BF16, DEVICE), torch.tensor([n - 1], device=DEVICE)] for n in ROWS]
     assert graphs(step, inputs) <= 3
 
@@ -113,7 +114,7 @@ def test_every_dimension_dynamic():
     """dynamic=True asks it of heads and head dim too: the engine is still chosen while tracing."""
     compiled = torch.compile(flex_with_lse("AUTO", length=200), fullgraph=True, dynamic=True)
     for rows in (61, 139):
-        check(compiled, problem(rows), lambda: {"length": 200})
+        assert_matches_eq11(compiled, problem(rows), {"length": 200})
 
 
 @pytest.mark.parametrize("heads", [None, 4])
@@ -122,21 +123,16 @@ def test_a_new_gamma_does_not_recompile(heads: int | None):
         return flex_attention(q, q, q, score_mod=mask)
 
     q = torch.randn(2, 4, 61, 64, device=DEVICE, dtype=BF16)
-    rates = (0.5, 0.25, 0.0, 3.0)
-    masks = [stablemask(rate if heads is None else torch.full((heads,), rate, device=DEVICE), length=64) for rate in rates]
+    gammas = (0.5, 0.25, 0.0, 3.0)
+    masks = [stablemask(gamma if heads is None else torch.full((heads,), gamma, device=DEVICE), length=64) for gamma in gammas]
     assert graphs(run, [[q, mask] for mask in masks]) == 1
-
-
-def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return score - torch.exp2(-(h + 1.0)) * (q_idx - kv_idx)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flex_inner_score_mod(dtype: torch.dtype):
-    distance = torch.arange(199).unsqueeze(1) - torch.arange(199)
-    bias = (-(2.0 ** -(torch.arange(6) + 1.0)).reshape(1, 6, 1, 1) * distance).to(DEVICE)
+    bias = alibi_bias(6, 199).to(DEVICE)
     run = torch.compile(flex_with_lse("AUTO", length=240, score_mod=alibi), fullgraph=True)
-    check(run, problem(199, dtype=dtype), lambda: {"length": 240, "bias": bias}, with_lse_grad=True)
+    assert_matches_eq11(run, problem(199, dtype=dtype), {"length": 240, "bias": bias}, with_lse_grad=True)
 
 
 def test_flex_captured_tensor_gets_its_gradient():
@@ -151,7 +147,7 @@ def test_flex_captured_tensor_gets_its_gradient():
         return out, aux.lse
 
     inputs = [*problem(199), torch.randn(6, 199, device=DEVICE)]
-    check(
+    assert_matches_eq11(
         torch.compile(run, fullgraph=True),
         inputs,
         lambda table: {"length": 240, "bias": table.reshape(1, 6, 1, 199)},
@@ -161,7 +157,7 @@ def test_flex_captured_tensor_gets_its_gradient():
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_flex_block_mask_of_documents_and_window(learned: bool):
-    _, ids, positions = documents([3, 149, 1, 46])
+    _, ids, positions = documents([3, 149, 1, 46], DEVICE)
 
     def same_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ids[q_idx] == ids[kv_idx]
@@ -181,10 +177,8 @@ def test_flex_block_mask_of_documents_and_window(learned: bool):
 
     i = torch.arange(199, device=DEVICE)
     visible = (ids.unsqueeze(1) == ids) & (i.unsqueeze(1) - i <= 40)
-    compiled = torch.compile(run, fullgraph=True)
-    check(
-        compiled if learned else fixed(compiled), problem(199), lambda: {**kwargs, "visible": visible}, with_lse_grad=True
-    )  # fmt: skip
+    check = assert_matches_eq11 if learned else assert_matches_eq11_with_gamma_fixed
+    check(torch.compile(run, fullgraph=True), problem(199), {**kwargs, "visible": visible}, with_lse_grad=True)
 
 
 def test_flex_largest_score_of_a_row():

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sm_flex import flex_attention, stablemask
-from sm_flex.testing import oracle
-from tests.helpers.gpu import DEVICE, HALF, fixed, flex_with_lse, gamma_of, name_of
-from tests.helpers.problems import check, qkv
+from sm_flex.testing import assert_matches_eq11, oracle
+from tests.helpers.gpu import DEVICE, HALF, assert_matches_eq11_with_gamma_fixed, name_of
+from tests.helpers.problems import flex_with_lse, gamma_of, qkv
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def takes(backend: str, rows: int, dim: int) -> bool:
 
 
 def problem(rows: int, keys: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    return [*qkv(2, 6, 2, rows, keys, dim, dtype, DEVICE), gamma_of(6, dtype)]
+    return [*qkv(2, 6, 2, rows, keys, dim, dtype, DEVICE), gamma_of(6, dtype, DEVICE)]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def problem(rows: int, keys: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("learned", [True, False])
 def test_square(backend: str, dtype: torch.dtype, rows: int, dim: int, learned: bool):
     run = flex_with_lse(backend, length=200)
-    check(run if learned else fixed(run), problem(rows, rows, dim, dtype), lambda: {"length": 200})
+    check = assert_matches_eq11 if learned else assert_matches_eq11_with_gamma_fixed
+    check(run, problem(rows, rows, dim, dtype), {"length": 200})
 
 
 @pytest.mark.parametrize(("backend", "dtype"), KERNELS, ids=name_of)
@@ -55,8 +56,8 @@ def test_gradient_through_lse(backend: str, dtype: torch.dtype, dim: int):
     """The kernels get it by 8 more columns; 136 is beyond cuDNN, whose case is head_dim 112 instead."""
     dim = 112 if dim == 128 and backend == "CUDNN_ATTENTION" else dim
     run = flex_with_lse(backend, length=300)
-    check(run, problem(139, 139, dim, dtype), lambda: {"length": 300}, with_lse_grad=True)
-    check(fixed(run), problem(139, 139, dim, dtype), lambda: {"length": 300}, with_lse_grad=True)
+    assert_matches_eq11(run, problem(139, 139, dim, dtype), {"length": 300}, with_lse_grad=True)
+    assert_matches_eq11_with_gamma_fixed(run, problem(139, 139, dim, dtype), {"length": 300}, with_lse_grad=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,8 +68,8 @@ def test_lengths_below_at_and_beyond(backend: str, length: int):
     for gamma in (0.0, 0.3):
         inputs = [q, k, v, torch.tensor(gamma, device=DEVICE, dtype=torch.float64)]
         run = flex_with_lse(backend, length=length)
-        check(run, inputs, lambda: {"length": length})
-        check(fixed(run), inputs, lambda: {"length": length})
+        assert_matches_eq11(run, inputs, {"length": length})
+        assert_matches_eq11_with_gamma_fixed(run, inputs, {"length": length})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +91,8 @@ def test_positions_of_the_call_and_of_each_row_of_the_batch(backend: str, learne
     for positions in (one, each, each.int()):
         kwargs = {"length": 100, "positions": positions}
         run = flex_with_lse(backend, **kwargs)
-        check(run if learned else fixed(run), problem(131, 131, 64, torch.bfloat16), lambda kwargs=kwargs: kwargs)
+        check = assert_matches_eq11 if learned else assert_matches_eq11_with_gamma_fixed
+        check(run, problem(131, 131, 64, torch.bfloat16), kwargs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,17 +103,18 @@ def test_decode_chunk(backend: str, num_queries: int, learned: bool):
     kwargs = {"length": 150, "positions": torch.arange(130 - num_queries, 130, device=DEVICE)}
     run = flex_with_lse(backend, **kwargs)
     for dtype in HALF:
-        check(run if learned else fixed(run), problem(num_queries, 130, 64, dtype), lambda: kwargs)
+        check = assert_matches_eq11 if learned else assert_matches_eq11_with_gamma_fixed
+        check(run, problem(num_queries, 130, 64, dtype), kwargs)
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"])
 @pytest.mark.parametrize("length", [29, 100])
-def test_more_queries_than_keys_leaves_dead_rows(backend: str, length: int):
+def test_more_queries_than_keys_leaves_fully_masked_rows(backend: str, length: int):
     """The first 61 rows see no key: output 0, lse' = log M. At length 29 one of them (position 28) has no mass either."""
     kwargs = {"length": length, "positions": torch.arange(131, device=DEVICE)}
     run = flex_with_lse(backend, **kwargs)
     inputs = problem(131, 70, 64, torch.bfloat16)
-    check(run, inputs, lambda: kwargs, with_lse_grad=True)
+    assert_matches_eq11(run, inputs, kwargs, with_lse_grad=True)
     out, lse = run(*inputs)
     assert lse is not None
     assert out[:, :, :61].abs().max() == 0

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, varlen_attn
-from tests.helpers.gpu import DEVICE, documents, gamma_of, packed
-from tests.helpers.problems import qkv
+from tests.helpers.gpu import DEVICE
+from tests.helpers.problems import documents, gamma_of, packed, qkv, unpacked
+from tests.helpers.watching import Operations
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,11 +48,11 @@ def learned() -> Case:
     def call(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
         return flex_attention(q, k, v, score_mod=stablemask(gamma, length=200), enable_gqa=True)
 
-    return [*leaves(2, 131, 131), gamma_of(6, BF16).requires_grad_()], call
+    return [*leaves(2, 131, 131), gamma_of(6, BF16, DEVICE).requires_grad_()], call
 
 
 def through_lse() -> Case:
-    mask = stablemask(gamma_of(6, BF16), length=200)
+    mask = stablemask(gamma_of(6, BF16, DEVICE), length=200)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, aux = flex_attention(
@@ -77,7 +77,7 @@ def masked() -> Case:
 
 
 def documents_packed(window: int) -> Case:
-    cu, _, _ = documents([3, 0, 81, 1, 46])
+    cu, _, _ = documents([3, 0, 81, 1, 46], DEVICE)
     mask = stablemask(0.05, length=200)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def attend(engine: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if engine == "varlen":
         cu = torch.tensor([0, 3, 37], dtype=torch.int32).to(q.device)
         out = varlen_attn(packed(q), packed(k), packed(v), cu, cu, 34, 34, window_size=(-1, 0), score_mod=MASK)
-        return out.transpose(0, 1).unsqueeze(0)
+        return unpacked(out)
     return flex_attention(q, k, v, score_mod=MASK, kernel_options={"BACKEND": engine})
 
 
@@ -189,18 +189,6 @@ def selective(engine: str, x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-class Calls(TorchDispatchMode):
-    """How often each op ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[Any] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[func] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
     """In x and w of one fixed problem; 37 rows are one tile of every kernel, so that nothing is summed in changing order."""
     generator = torch.Generator().manual_seed(3)
@@ -220,9 +208,9 @@ def test_checkpoint(engine: str, run: Callable[..., Tensor], calls: int):
     """A saved attention is not run again, and what was saved is not remasked twice."""
     expected = gradients(partial(layer, engine))
     same_in_bf16(gradients(partial(run, engine)), expected)
-    with Calls() as counted:
+    with Operations() as operations:
         same_in_bf16(gradients(partial(run, engine)), expected)
-    assert counted.of[OPS[engine]] == calls
+    assert operations.ran.count(OPS[engine]) == calls
 
 
 @pytest.mark.parametrize("engine", ["FLASH_ATTENTION", "varlen"])

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask
-from sm_flex.testing import oracle
-from tests.helpers.gpu import DEVICE, engines_used, gamma_of
-from tests.helpers.problems import check, gradients, qkv
+from sm_flex.testing import assert_matches_eq11, oracle
+from sm_flex.testing.gradients import outputs_and_gradients
+from tests.helpers.gpu import DEVICE
+from tests.helpers.problems import gamma_of, qkv
+from tests.helpers.watching import Operations, engines_used
 
 pytestmark = pytest.mark.gpu
 
@@ -44,10 +45,10 @@ def test_boolean_mask(
     monkeypatch: pytest.MonkeyPatch,
 ):
     attn_mask = torch.rand(shape) > 0.4
-    attn_mask[..., 0] = False  # row 0 is dead
-    inputs = [*qkv(2, 6, kv_heads, 37, 37, 64, dtype, DEVICE), gamma_of(6, dtype), attn_mask.to(DEVICE)]
+    attn_mask[..., 0] = False  # row 0 is fully masked
+    inputs = [*qkv(2, 6, kv_heads, 37, 37, 64, dtype, DEVICE), gamma_of(6, dtype, DEVICE), attn_mask.to(DEVICE)]
     with sdpa_kernel(kernel), engines_used(monkeypatch) as used:
-        check(sdpa, inputs, lambda m: {"visible": m, "length": 37})
+        assert_matches_eq11(sdpa, inputs, lambda m: {"visible": m, "length": 37})
         assert used == ([] if engine is None else [engine])
         # Not learned: the kernel works log M out by itself.
         q, k, v, gamma, attn_mask = inputs
@@ -61,15 +62,16 @@ def test_boolean_mask(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(37, 37), (1, 37), (2, 1, 1, 37), (1, 6, 37, 37)])
 def test_float_mask_gets_its_gradient(kernel: SDPBackend, dtype: torch.dtype, shape: tuple[int, ...]):
-    inputs = [*qkv(2, 6, 6, 37, 37, 64, dtype, DEVICE), gamma_of(6, dtype), torch.randn(shape).to(DEVICE, dtype)]
+    inputs = [*qkv(2, 6, 6, 37, 37, 64, dtype, DEVICE), gamma_of(6, dtype, DEVICE), torch.randn(shape).to(DEVICE, dtype)]
     with sdpa_kernel(kernel):
-        check(sdpa, inputs, lambda bias: {"bias": bias, "length": 37})
+        assert_matches_eq11(sdpa, inputs, lambda bias: {"bias": bias, "length": 37})
 
 
 def test_float_mask_gets_its_gradient_on_the_automatic_engine():
     """cuDNN gives a mask no gradient, so whatever torch prefers, it must not be cuDNN."""
-    inputs = [*qkv(2, 6, 2, 37, 37, 64, torch.bfloat16, DEVICE), gamma_of(6, torch.bfloat16)]
-    check(sdpa, [*inputs, torch.randn(37, 37).to(DEVICE, torch.bfloat16)], lambda bias: {"bias": bias, "length": 37})
+    bias = torch.randn(37, 37).to(DEVICE, torch.bfloat16)
+    inputs = [*qkv(2, 6, 2, 37, 37, 64, torch.bfloat16, DEVICE), gamma_of(6, torch.bfloat16, DEVICE), bias]
+    assert_matches_eq11(sdpa, inputs, lambda bias: {"bias": bias, "length": 37})
 
 
 @pytest.mark.parametrize("kernel", [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -81,8 +83,8 @@ def test_float_mask_with_infinities_and_without_mass(kernel: SDPBackend):
     inputs = qkv(1, 2, 2, 41, 41, 64, torch.float32, DEVICE)
     grad_out = torch.randn(1, 2, 41, 64, device=DEVICE)
     with sdpa_kernel(kernel):
-        actual = gradients(lambda q, k, v: sdpa(q, k, v, gamma, bias, length=41), inputs, grad_out, None)
-    reference = gradients(lambda q, k, v: (oracle(q, k, v, gamma=gamma, bias=bias)[0], None), inputs, grad_out, None)
+        actual = outputs_and_gradients(lambda q, k, v: sdpa(q, k, v, gamma, bias, length=41), inputs, grad_out, None)
+    reference = outputs_and_gradients(lambda q, k, v: (oracle(q, k, v, gamma=gamma, bias=bias)[0], None), inputs, grad_out, None)
     assert actual[0][0, 1, 4].abs().max() == 0
     for a, b in zip(actual, reference, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-4)
@@ -95,10 +97,10 @@ def test_static_cache_with_unused_slots(
     """5 queries at positions 41..45 of a cache of 64 slots: the mask says which slots are used, positions feed the mass."""
     positions = torch.arange(41, 46, device=DEVICE)
     attn_mask = torch.arange(64, device=DEVICE) <= positions.unsqueeze(1)
-    inputs = [*qkv(2, 6, kv_heads, 5, 64, 64, dtype, DEVICE), gamma_of(6, dtype), attn_mask]
+    inputs = [*qkv(2, 6, kv_heads, 5, 64, 64, dtype, DEVICE), gamma_of(6, dtype, DEVICE), attn_mask]
     kwargs = {"length": 50, "positions": positions}
     with sdpa_kernel(kernel), engines_used(monkeypatch) as used:
-        check(lambda *x: sdpa(*x, **kwargs), inputs, lambda m: {**kwargs, "visible": m})
+        assert_matches_eq11(lambda *x: sdpa(*x, **kwargs), inputs, lambda m: {**kwargs, "visible": m})
     assert used == ([] if engine is None else [engine])
 
 
@@ -134,17 +136,9 @@ def test_dropout_gradient_uses_the_same_draw(kernel: SDPBackend):
     torch.testing.assert_close(dv[0, ..., 0].float().sum(-1), out[0, ..., 0].float().sum(-1), rtol=2**-8, atol=0)
 
 
-class AttentionOps(TorchDispatchMode):
+def attention_ops(operations: Operations) -> list[str]:
     """The names of the attention ops that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_scaled_dot_product_" in str(func):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+    return [str(op) for op in operations.ran if "_scaled_dot_product_" in str(op)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,13 +186,13 @@ def test_the_automatic_engine_is_torchs_own(dtype: torch.dtype, kv_heads: int, c
         kwargs["is_causal"] = True
     if call == "mask":
         kwargs["attn_mask"] = torch.ones(61, 61, device=DEVICE, dtype=torch.bool).tril()
-    with AttentionOps() as theirs:
+    with Operations() as theirs:
         F.scaled_dot_product_attention(q, k, v, **kwargs)
     mask = stablemask(0.3, length=70, positions=torch.arange(61 - rows, 61, device=DEVICE))
-    with AttentionOps() as ours:
+    with Operations() as ours:
         scaled_dot_product_attention(q, k, v, score_mod=mask, **kwargs)
     # torch's own math is an op of that name too.
-    assert ours.names == [name for name in theirs.names if "_math" not in name]
+    assert attention_ops(ours) == [name for name in attention_ops(theirs) if "_math" not in name]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lm import tokens as lm_tokens
 from benchmarks.lm.presets import Size
 from benchmarks.lm.text import read_text
-from benchmarks.lm.tokens import Corpus
-from benchmarks.lm.train import Piece
+from benchmarks.lm.tokens import Corpus, tokenise
+from benchmarks.lm.train import TrainingRun
 from benchmarks.lm.variants import named
 
 SMALL = Size(
@@ -33,8 +32,8 @@ def write_folder(folder: Path) -> Path:
 
 
 def corpus_of(folder: Path, vocab: int = SMALL.vocab) -> Corpus:
-    return lm_tokens.tokenise(read_text(folder), vocab)
+    return tokenise(read_text(folder), vocab)
 
 
-def piece_of(corpus: Corpus, name: str, where: Path, size: Size = SMALL, position: str = "rope", seed: int = 0) -> Piece:
-    return Piece(named(name), seed, size, position, corpus, where, CPU)
+def run_of(corpus: Corpus, name: str, where: Path, size: Size = SMALL, position: str = "rope", seed: int = 0) -> TrainingRun:
+    return TrainingRun(named(name), seed, size, position, corpus, where, CPU)

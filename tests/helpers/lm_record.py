@@ -1,4 +1,4 @@
-"""A record as benchmarks.lm writes it, made up: plausible shapes, so that what is drawn of it can be looked at.
+"""A made-up record of benchmarks.lm: plausible shapes, so that what is drawn of it can be looked at.
 
 Numbers differ between variants, seeds, layers, positions and heads, so that a mix-up shows.
 """

@@ -1,7 +1,9 @@
 """Small random decoders of Transformers in float64, and eq. 11 typed out as one more attention implementation."""
 
+import inspect
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -15,7 +17,9 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers import __version__ as version
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import sm_flex_transformers  # noqa: F401  (registers stablemask)
@@ -85,6 +89,18 @@ def agree(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 def model_of(config: Any, attention: str = "stablemask", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+
+
+def config_class(model_type: str) -> Any:
+    """The config class of a model type; skips the test where the installed Transformers lacks it."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {version} has no model type {model_type}")
+    return CONFIG_MAPPING[model_type]
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The keyword that forward takes a cache under: "cache" from Transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def tokens(batch: int, length: int) -> Tensor:

@@ -7,25 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sm_flex import flex_attention, stablemask
+from tests.helpers.watching import Operations
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 MASK = stablemask(0.05, length=64)
-
-
-class Count(TorchDispatchMode):
-    """How often the attention op ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func is ATTENTION
-        return func(*args, **(kwargs or {}))
 
 
 def layer(x: Tensor, w: Tensor) -> Tensor:
@@ -49,9 +37,9 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[list[Tensor], int]:
     x, w = inputs()
-    with Count() as count:
+    with Operations() as operations:
         grads = torch.autograd.grad((run(x, w) ** 2).sum(), (x, w))
-    return list(grads), count.calls
+    return list(grads), operations.ran.count(ATTENTION)
 
 
 def selective(x: Tensor, w: Tensor) -> Tensor:
@@ -107,7 +95,7 @@ def test_the_engines_output_is_written_to_only_where_nobody_watches():
     from sm_flex.mass.table import Mass
 
     out, lse, mass = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5), Mass(torch.zeros(1, 5))
-    with Count():
+    with Operations():
         new, _ = epilogue(out, lse, mass, in_place=True)
     assert new is not out
     kept = out.clone()

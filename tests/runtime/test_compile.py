@@ -10,13 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
 from sm_flex import flex_attention, headwise_gamma, scaled_dot_product_attention, stablemask, varlen_attn
+from tests.helpers.problems import leaves
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 LENGTHS = (64, 100, 33, 257, 130)
 
 
 def rows(length: int, *extra: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [*(torch.randn(2, 4, length, 16, dtype=dtype, requires_grad=True) for _ in range(3)), *extra]
+    return [*leaves(2, 4, length, 16, dtype=dtype), *extra]
 
 
 def compare(fn: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[list[Tensor]]) -> int:
@@ -105,7 +106,7 @@ def test_at_most_three_graphs_over_five_lengths(fn: Callable[..., Tensor]):
 
 def packed_rows(length: int) -> list[Tensor]:
     bounds = torch.tensor([0, 5, 5, length // 2, length], dtype=torch.int32)
-    return [*(torch.randn(length, 4, 16, requires_grad=True) for _ in range(3)), bounds]
+    return [*leaves(length, 4, 16), bounds]
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:

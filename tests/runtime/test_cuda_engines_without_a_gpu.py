@@ -17,9 +17,10 @@ from sm_flex.epilogue import remask as epilogue_module
 from sm_flex.mass.closed_form import largest_pseudo_score
 from sm_flex.mass.table import Mass
 from sm_flex.score_mod import stablemask
-from sm_flex.testing import oracle
+from sm_flex.testing import assert_matches_eq11, oracle
 from sm_flex.visibility.blocks import narrow_block_mask
 from sm_flex.visibility.rows import block_mask_rows, causal_rows
+from tests.helpers.problems import qkv
 
 CUDA = "cuda"
 fake_cuda = pytest.mark.skipif(
@@ -270,7 +271,6 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     import torch.nn.attention.flex_attention as torch_flex
 
     from sm_flex.engines import flex
-    from tests.helpers.problems import check, qkv
 
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     real = torch_flex._apply_kernel_options
@@ -298,7 +298,7 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     i = torch.arange(64)
     kwargs = {"length": 70, "scale": 0.25, "visible": i[:, None] - i < 30, "bias": -0.1 * (i[:, None] - i)}
     inputs = [*qkv(2, 4, 2, 64, 64, 16, torch.float32), torch.tensor([0.5, 0.1, 0.01, 0.0])]
-    check(run, inputs, lambda: kwargs, with_lse_grad=with_lse_grad)
+    assert_matches_eq11(run, inputs, kwargs, with_lse_grad=with_lse_grad)
 
 
 def test_row_maxima_are_those_of_the_whole_row():

@@ -21,17 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from sm_flex import flex_attention, headwise_gamma, remask, scaled_dot_product_attention, stablemask, varlen_attn
 from sm_flex.testing import oracle
+from tests.helpers.problems import leaves
 
 HEADS, LENGTH = 4, 64
 
 
 def rows(length: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, HEADS, length, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+    return leaves(2, HEADS, length, 8, dtype=dtype, seed=seed)
 
 
 class Layer(nn.Module):
-    """An attention layer with a learned rate a head, and a fixed StableMask beside it."""
+    """An attention layer with a learned gamma per head, and a fixed StableMask beside it."""
 
     def __init__(self) -> None:
         super().__init__()

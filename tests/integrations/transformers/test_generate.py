@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, WINDOW, agree, model_of, ragged, tokens
+from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, WINDOW, agree, cache_name, model_of, ragged, tokens
 
 MODELS = pytest.mark.parametrize("name", list(CONFIGS))
 BEYOND = LENGTH + 12
@@ -26,7 +26,7 @@ def test_a_cached_step_is_the_full_pass_below_at_and_beyond_n(name: str) -> None
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        steps = [model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
+        steps = [model(token, **{cache_name(model): cache}).logits for token in ids.split(1, dim=1)]
         agree(torch.cat(steps, 1), full)
         agree(model(ids[:, :LENGTH], use_cache=False).logits, full[:, :LENGTH])
 
@@ -62,7 +62,7 @@ def test_a_static_cache_logit_by_logit(name: str) -> None:
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         cache = StaticCache(config=model.config, max_cache_len=31)
-        parts = [model(part, past_key_values=cache).logits for part in ids.split([6, 1, 1, 4, 3], dim=1)]
+        parts = [model(part, **{cache_name(model): cache}).logits for part in ids.split([6, 1, 1, 4, 3], dim=1)]
     agree(torch.cat(parts, 1), full)
 
 
@@ -74,11 +74,11 @@ def test_a_left_padded_loop_of_ones_own_needs_no_position_ids(name: str) -> None
     mask = inputs["attention_mask"]
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+        model(inputs["input_ids"], attention_mask=mask, **{cache_name(model): cache})
         logits = []
         for token in new.split([1, 3, 1], dim=1):
             mask = torch.cat([mask, torch.ones_like(token)], 1)
-            logits.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+            logits.append(model(token, attention_mask=mask, **{cache_name(model): cache}).logits)
         for row, prompt in enumerate(prompts):
             alone = model(torch.cat([prompt, new[row : row + 1]], 1), use_cache=False).logits[:, prompt.shape[1] :]
             agree(torch.cat(logits, 1)[row : row + 1], alone, 1e-5)  # RoPE's angles are float32
@@ -110,7 +110,7 @@ def test_window_attention_over_the_recent_keys_stays_finite_far_beyond_n() -> No
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split(101, dim=1)]
+        chunks = [model(chunk, **{cache_name(model): cache}).logits for chunk in ids.split(101, dim=1)]
     assert full.isfinite().all()
     assert cache.layers[0].keys.shape[-2] == WINDOW - 1  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     agree(torch.cat(chunks, 1), full)

@@ -11,7 +11,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from sm_flex import flex_attention, headwise_gamma, stablemask
 from sm_flex_transformers import stablemask_attention
-from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, SOFT_CAPPED, agree, model_of, ragged, tokens
+from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, SOFT_CAPPED, agree, cache_name, model_of, ragged, tokens
 
 # Transformers keeps RoPE's angles in float32, so a shift by the padding moves plain causal logits by 1e-6 as well.
 ROPE = 1e-5
@@ -98,7 +98,7 @@ def test_chunked_prefill_is_the_full_pass(name: str) -> None:
     with torch.no_grad():
         full = model(ids).logits
         cache = DynamicCache(config=model.config)
-        chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split([4, 9, 1, 8, 7], dim=1)]
+        chunks = [model(chunk, **{cache_name(model): cache}).logits for chunk in ids.split([4, 9, 1, 8, 7], dim=1)]
     agree(torch.cat(chunks, 1), full)
 
 
@@ -216,7 +216,6 @@ def test_packed_rows_stay_apart_when_compiled_with_a_cache(fresh_compiler: None)
         agree(packed.logits, torch.cat([model(document).logits for document in documents], 1), ROPE)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_trainer_packs_and_learns(tmp_path: Path) -> None:
     """Trainer on packed rows: the losses of the same run with eq. 11, and not those of causal attention."""
     data = [{"input_ids": tokens(1, n)[0].tolist()} for n in (5, 11, 3, 9, 14, 2, 7, 8) * 3]

@@ -7,22 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartModel,
     BertConfig,
     BertModel,
-    BloomConfig,
-    CodeGenConfig,
     GPT2Config,
     GptOssConfig,
-    MptConfig,
     PreTrainedModel,
-    XGLMConfig,
 )
 
 from sm_flex_transformers import GammaSchedule, settings, stablemask_attention
-from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, model_of, tokens
+from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, agree, config_class, model_of, tokens
 
 LOWEST = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
 
@@ -103,13 +98,30 @@ def test_a_model_made_bidirectional_is_refused() -> None:
         model(tokens(1, 5))
 
 
-@pytest.mark.parametrize("config", [BloomConfig, MptConfig, CodeGenConfig, XGLMConfig])
-def test_a_model_without_the_attention_interface_is_refused(config: Any) -> None:
+NO_INTERFACE = "do not use Transformers' attention interface"
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "xglm"])
+def test_a_model_without_the_attention_interface_is_refused(model_type: str) -> None:
     """Its own attention would go on without StableMask, and without the causal mask that it counts on."""
-    small = config(vocab_size=61, num_attention_heads=4, n_layer=1, num_layers=1, n_head=4, n_embd=32, hidden_size=32, d_model=32)
-    small._attn_implementation = "stablemask"
-    with pytest.raises(NotImplementedError, match="do not use Transformers' attention interface"):
-        AutoModelForCausalLM.from_config(small)(tokens(1, 5))
+    sizes = {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "hidden_size": 32, "d_model": 32}
+    small = config_class(model_type)(vocab_size=61, n_layer=1, num_layers=1, **sizes)
+    with pytest.raises(NotImplementedError, match=NO_INTERFACE):
+        model_of(small)(tokens(1, 5))
+
+
+def test_codegen_is_served_where_it_uses_the_attention_interface() -> None:
+    """It does from Transformers 5.24 on, and has an attention of its own before."""
+    config = config_class("codegen")(
+        vocab_size=61, n_layer=2, n_head=4, n_embd=32, rotary_dim=8, initializer_range=0.3, stablemask=COMMON["stablemask"]
+    )
+    model, ids = model_of(config), tokens(2, 9)
+    if not model._supports_attention_backend:
+        with pytest.raises(NotImplementedError, match=NO_INTERFACE):
+            model(ids)
+        return
+    with torch.no_grad():
+        agree(model(ids).logits, model_of(config, "oracle")(ids).logits)
 
 
 def test_sinks_are_refused() -> None:
@@ -188,7 +200,7 @@ def test_missing_and_multi_axis_positions() -> None:
     layer = llama().model.layers[0].self_attn
     q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 5, 8)
     visible = torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)
-    with pytest.raises(ValueError, match="LlamaAttention passes no position_ids"):
+    with pytest.raises(ValueError, match="LlamaAttention got no position_ids"):
         stablemask_attention(layer, q, k, k, visible)
     with pytest.raises(NotImplementedError, match=r"position_ids must be \(B, S\), got \(3, 1, 2\)"):
         stablemask_attention(layer, q, k, k, visible, position_ids=torch.zeros(3, 1, 2, dtype=torch.long))

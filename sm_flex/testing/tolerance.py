@@ -1,13 +1,13 @@
-"""The verdict: is this tensor as good as its dtype allows?
+"""How far may an answer be from the truth? As far as its dtype makes the plain formula be.
 
-An answer in low precision is judged against the float64 reference by the error that the plain formula makes in the same
+An answer in low precision is held against the float64 reference by the error that the plain formula makes in the same
 dtype: error <= 2 * error(plain) + eps * max|reference|, with eps of the answer's dtype.
 
 A flash attention hands its log-sum-exp over in float32 and rebuilds P = exp(score - lse) from it: a rounded lse, and a
-rounded score of its size, each put a relative error of eps32 * |lse| on P, which the plain softmax, having neither, does
-not make (PyTorch's own causal flash attention in float32 exceeds the bound above by up to 3.4 times on small problems).
-Given the reference's lse, the budget has 2 * eps32 * max(1, |lse|) * max|reference| for that; next to eps of bf16 or fp16 it
-is nothing.
+rounded score of its size, each put a relative error of eps32 * |lse| on P. The plain softmax has neither, and makes no such
+error (PyTorch's own causal flash attention in float32 exceeds the bound above by up to 3.4 times on small problems). Given
+the reference's lse, the budget has 2 * eps32 * max(1, |lse|) * max|reference| for that; next to eps of bf16 or fp16 it is
+nothing.
 """
 
 import torch
@@ -21,7 +21,7 @@ def error_budget(
     lse: Tensor | None = None,
     magnitude: float | None = None,
 ) -> float:
-    """The largest absolute error that an answer of this dtype may have; arguments as in assert_as_good_as."""
+    """The largest absolute error that an answer of this dtype may have; arguments as in assert_within_error_budget."""
     finite = torch.isfinite(reference)
     if not finite.any():
         return 0.0
@@ -34,7 +34,7 @@ def error_budget(
     return budget
 
 
-def assert_as_good_as(
+def assert_within_error_budget(
     actual: Tensor,
     reference: Tensor,
     plain: Tensor,
@@ -44,7 +44,7 @@ def assert_as_good_as(
     lse: Tensor | None = None,
     magnitude: float | None = None,
 ) -> None:
-    """Raise AssertionError unless actual is within the budget, and infinite or NaN exactly where the reference is.
+    """Raise AssertionError unless actual is within error_budget, and infinite or NaN exactly where the reference is.
 
     Args:
         actual: the answer under test, floating.
@@ -63,9 +63,9 @@ def assert_within(actual: Tensor, reference: Tensor, budget: float | Tensor, nam
     NaN exactly where the reference is."""
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     finite = torch.isfinite(reference)
-    same = actual.double().masked_fill(finite, 0.0)
+    not_finite = actual.double().masked_fill(finite, 0.0)
     expected = reference.double().masked_fill(finite, 0.0)
-    assert torch.equal(same.nan_to_num(3.0), expected.nan_to_num(3.0)), f"{name}: not finite elsewhere"
+    assert torch.equal(not_finite.nan_to_num(3.0), expected.nan_to_num(3.0)), f"{name}: not finite elsewhere"
     error = (actual.double() - reference.double()).abs().masked_fill(~finite, 0.0)
     excess = error - budget
     if not finite.any() or bool((excess <= 0).all()):

@@ -1,6 +1,6 @@
-"""A request for StableMask attention as a handful of numbers, so that one that fails can be printed and pasted.
+"""A problem for a StableMask attention as a handful of numbers, so that one that fails can be printed and pasted.
 
-    Request(heads=2, num_queries=3, num_keys=3, gamma=0.5, length=8).arguments
+    Problem(heads=2, num_queries=3, num_keys=3, gamma=0.5, length=8).arguments
 
 Its tensors follow from the seed. Slots and positions are two things: query i sits at slot i + T - S, which says what it
 sees; its position says what mass it carries.
@@ -12,22 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a request may have beyond equal lengths, one key head a query head, and causality: grouped heads, positions, a
-# boolean mask, a scale.
-FEATURES = ("grouped", "positions", "visible", "scale")
+from sm_flex.testing.old_names import renamed
+
+# What a problem may have beyond equal lengths, one key head for each query head, and causality: grouped heads, positions,
+# a boolean mask, a scale, a sink.
+FEATURES = ("grouped", "positions", "visible", "scale", "sink")
 
 
 @dataclass(frozen=True, repr=False)
-class Request:
+class Problem:
     """One problem. ``arguments`` are the tensors; B = batch, H = heads, S = num_queries, T = num_keys, D = head_dim.
 
-    gamma: one rate for every head, or one a head. length: N, the training length.
+    gamma: one number for every head, or one per head. length: N, the training length.
     starts: the position of slot 0, for all or for each row of the batch; below 0 for left padding (positions are clamped
         at 0). None, where S = T and there are no documents: no positions are given, which means 0..S-1.
     documents: the slots at which a new packed document starts, beside 0; positions restart there.
     window: a query sees its own slot and this many before it; -1 for all.
     hidden: the part of the keys that a random mask hides, which leaves rows without any.
     scale: of the scores, None for 1/sqrt(D). spread: a factor on q, and so on the size of the scores.
+    sink: one pseudo score for every head, or one per head; None for no sink.
     cut: where the laws that cut a sequence cut it, modulo its length.
     """
 
@@ -46,6 +49,7 @@ class Request:
     hidden: float = 0.0
     scale: float | None = None
     spread: float = 1.0
+    sink: float | tuple[float, ...] | None = None
     cut: int = 0
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
@@ -53,19 +57,26 @@ class Request:
     def __repr__(self) -> str:
         """The code that makes it (inf is math.inf)."""
         given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"Request({', '.join(f'{name}={value!r}' for name, value in given)})"
+        return f"Problem({', '.join(f'{name}={value!r}' for name, value in given)})"
 
-    def but(self, **changes: Any) -> "Request":
+    but, rates = renamed("but", "replace"), renamed("rates", "gamma_H")
+
+    def replace(self, **changes: Any) -> "Problem":
+        """The same problem but for the changes."""
         return replace(self, **changes)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """q (B, H, S, D); k, v (B, Hkv, T, D); gamma (H,); length; positions; visible; scale: what an attention is given."""
+        """What an attention is given: q (B, H, S, D); k, v (B, Hkv, T, D); gamma (H,); length; positions; visible; scale.
+
+        And sink (H,), where there is one.
+        """
         q, k, v = self.qkv
-        return {
-            "q": q, "k": k, "v": v, "gamma": self.rates, "length": self.length,
+        arguments = {
+            "q": q, "k": k, "v": v, "gamma": self.gamma_H, "length": self.length,
             "positions": self.positions, "visible": self.visible, "scale": self.scale,
         }  # fmt: skip
+        return arguments if self.sink is None else {**arguments, "sink": self._each_head(self.sink)}
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,10 +93,9 @@ class Request:
         )
 
     @property
-    def rates(self) -> Tensor:
+    def gamma_H(self) -> Tensor:
         """gamma, (H,) in float32, or in float64 for float64 inputs."""
-        rates = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,) * self.heads
-        return torch.tensor(rates, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        return self._each_head(self.gamma)
 
     @property
     def slots(self) -> Tensor:
@@ -93,7 +103,7 @@ class Request:
 
     @property
     def positions(self) -> Tensor | None:
-        """(S,), or (B, S) for one start a row of the batch; None where none are given."""
+        """(S,), or (B, S) for one start per row of the batch; None where none are given."""
         if self.starts is None and not self.documents:
             return None
         starts = torch.tensor(self.starts or (0,), device=self.device)
@@ -114,6 +124,10 @@ class Request:
             generator = torch.Generator().manual_seed(self.seed + 1)
             seen = seen & (torch.rand(seen.shape, generator=generator).to(self.device) >= self.hidden)
         return seen.contiguous()
+
+    def _each_head(self, x: float | tuple[float, ...]) -> Tensor:
+        values = x if isinstance(x, tuple) else (x,) * self.heads
+        return torch.tensor(values, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
 
     def _first_slot(self, slots: Tensor) -> Tensor:
         """The first slot of the document that each slot belongs to."""

@@ -9,30 +9,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sm_flex import StableMask, stablemask
 from sm_flex.score_mod import ScoreMod
 from sm_flex_transformers import settings
+from sm_flex_transformers.masks import has_values
 
 # By the position ids of a forward, of which every layer is handed the same tensor: (their version, the StableMask).
-_SHARED = WeakIdKeyDictionary()
+_CACHED = WeakIdKeyDictionary()
 
 
-def new(module: Any, positions: Tensor | None, device: torch.device, score_mod: ScoreMod | None = None) -> StableMask:
+def make(module: Any, positions: Tensor | None, query: Tensor, score_mod: ScoreMod | None = None) -> StableMask:
     """The StableMask of a layer, for positions (B, S), (1, S) or None."""
-    return _make(_settings(module, device), positions, score_mod)
+    return _make(_settings(module, query), positions, score_mod)
 
 
-def shared(module: Any, position_ids: Tensor | None, device: torch.device) -> StableMask:
-    """new(), or what an earlier layer of the same forward got from it: its checks cost as much as a decode step's attention."""
-    asked = _settings(module, device)
-    if position_ids is None or torch.compiler.is_compiling() or position_ids.is_inference():
+def cached(module: Any, position_ids: Tensor | None, query: Tensor) -> StableMask:
+    """make(), or what an earlier layer of the same forward got from it: its checks cost as much as a decode step's attention."""
+    asked = _settings(module, query)
+    if position_ids is None or not has_values(query) or not has_values(position_ids) or position_ids.is_inference():
         return _make(asked, position_ids)
-    version, mask = _SHARED.get(position_ids) or (None, None)
+    version, mask = _CACHED.get(position_ids) or (None, None)
     if mask is None or version != position_ids._version or not _same(mask, asked, position_ids):
         mask = _make(asked, position_ids)
-        _SHARED[position_ids] = (position_ids._version, mask)
+        _CACHED[position_ids] = (position_ids._version, mask)
     return mask
 
 
-def _settings(module: Any, device: torch.device) -> settings.Settings:
-    return settings.read(module.config, getattr(module, "layer_idx", None), device)
+def _settings(module: Any, query: Tensor) -> settings.Settings:
+    return settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep=has_values(query))
 
 
 def _make(asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMod | None = None) -> StableMask:

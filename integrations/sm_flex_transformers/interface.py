@@ -1,0 +1,68 @@
+"""Whether a model looks its attention up by name. It is asked itself, by its code: there is no list of names."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+LOOK_UP = "ALL_ATTENTION_FUNCTIONS.get_interface("
+TABLE = "_ATTENTION_CLASSES[config._attn_implementation]"  # a class for each name that the model knows (GIT)
+
+
+def check_looks_up(model: type[PreTrainedModel]) -> None:
+    if not looks_up_attention(model):
+        raise NotImplementedError(
+            f"{model.__name__} models do not use Transformers' attention interface: attn_implementation has no effect on them"
+        )
+
+
+def looks_up_attention(model: type[PreTrainedModel]) -> bool:
+    """Whether a model's code asks for its attention by name; a model whose source cannot be read is trusted."""
+    source = _source(model)
+    if source is None:
+        return True
+    if TABLE in source:
+        return False
+    if LOOK_UP in source or _is_composite(model):
+        return True
+    if not model._can_set_attn_implementation():
+        return False
+    # It has no attention class of its own: one that it takes from another module, or none at all, as Mamba.
+    others = [x for x in (*vars(sys.modules[model.__module__]).values(), *model.__mro__) if inspect.isclass(x)]
+    taken = [x for x in others if issubclass(x, nn.Module) and x.__module__ not in (model.__module__, PreTrainedModel.__module__)]
+    return any(LOOK_UP in (_source(x) or "") for x in taken)
+
+
+def _is_composite(model: type[PreTrainedModel]) -> bool:
+    """Whether its parts are models of their own, each asked when it is built."""
+    config_class: Any = model.config_class
+    parts = config_class.sub_configs.values() if config_class else ()
+    return any(part is AutoConfig or part in MODEL_MAPPING for part in parts)
+
+
+def _source(model: type[nn.Module]) -> str | None:
+    try:
+        return inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):
+        return None
+
+
+def check_model_type(model_type: str) -> None:
+    """For a config whose attention was changed behind Transformers' back: raises NotImplementedError where it has no effect."""
+    if not _type_looks_up(model_type):
+        raise NotImplementedError(
+            f"{model_type} models do not use Transformers' attention interface: attn_implementation has no effect on them"
+        )
+
+
+@torch._dynamo.assume_constant_result
+def _type_looks_up(model_type: str) -> bool:
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        return True
+    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    return all(map(looks_up_attention, found if isinstance(found, (list, tuple)) else [found]))

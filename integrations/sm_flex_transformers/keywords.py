@@ -1,0 +1,107 @@
+"""The keyword arguments that models hand their attention function: what each means to StableMask.
+
+Transformers lets every model pass what it likes. One that is unknown here may carry meaning (a selection of keys, a bias), so
+it is refused by name, never swallowed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Harmless, with the reason. A keyword that is None, or False, asks for nothing and is not looked up.
+HARMLESS = {
+    "sliding_window": "the mask holds the window",
+    "token_type_ids": "the mask holds what they say",
+    "mm_token_type_ids": "the mask holds what they say",
+    "cu_seq_lens_q": "position_ids restart where they do; alone they are refused",
+    "cu_seq_lens_k": "as cu_seq_lens_q",
+    "max_length_q": "the longest document: kernels without a mask need it",
+    "max_length_k": "as max_length_q",
+    "seq_idx": "as cu_seq_lens_q, for layers that are no attention",
+    "cache": "key and value are the cache's already",
+    "past_key_values": "the name of cache before Transformers 5.24",
+    "past_key_value": "as past_key_values",
+    "cache_position": "position_ids and the mask say where the rows are",
+    "use_cache": "about what the model returns",
+    "position_embeddings": "query and key are rotated already",
+    "output_hidden_states": "about what the model returns",
+    "output_router_logits": "about what the model returns",
+    "return_dict": "about what the model returns",
+    "num_items_in_batch": "about the loss",
+    "labels": "about the loss",
+    "logits_to_keep": "about what the model returns; rows that it drops are seen by their number",
+}
+# Refused, and what the model means by it.
+REFUSED = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a bias on the scores",
+    "head_mask": "a mask on its heads",
+}
+SELECTIONS = ("indices", "block_indices")
+
+
+def check(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses what is asked of the attention and not known here.
+
+    Raises:
+        NotImplementedError: naming the layer, the keyword and what it is.
+    """
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise NotImplementedError("output_attentions=True: stablemask never forms the attention weights")
+    for name, value in kwargs.items():
+        if value is None or value is False or name in HARMLESS or name in SELECTIONS:
+            continue
+        if name in REFUSED:
+            raise NotImplementedError(f"{type(module).__name__} has {REFUSED[name]} ({name}), which stablemask does not take")
+        raise NotImplementedError(
+            f"{type(module).__name__} hands its attention {name}=, which stablemask does not know: it may change who sees whom "
+            "or the scores, so it is not left out in silence"
+        )
+
+
+def selected_keys(
+    module: Any, kwargs: dict[str, Any], attention_mask: Tensor | None, position_ids: Tensor | None, query: Tensor, num_keys: int
+) -> Tensor | None:
+    """The keys that a model's own indexer left each query, bool (B, 1|H, S, T), or None where it selects none.
+
+    indices (B, S, K) are keys (DeepSeek's sparse attention); block_indices are blocks of keys per group of heads (MiniMax M3),
+    which the layer's indexer itself turns into a mask.
+
+    Raises:
+        NotImplementedError: a selection of another form.
+    """
+    indices, blocks = [kwargs.get(name) for name in SELECTIONS]
+    if indices is not None:
+        if indices.dim() != 3 or indices.shape[1] != query.shape[2]:
+            raise NotImplementedError(
+                f"{type(module).__name__} selects keys by indices of shape {tuple(indices.shape)}: stablemask takes (B, S, K)"
+            )
+        none = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=query.device)
+        return none.scatter(-1, indices.long(), True).unsqueeze(1)
+    if blocks is not None:
+        build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+        if build is None or position_ids is None:
+            raise NotImplementedError(
+                f"{type(module).__name__} selects blocks of keys (block_indices) and has no indexer.build_block_mask that "
+                "says which keys those are"
+            )
+        rows = position_ids[:, -query.shape[2] :]
+        return build(blocks, attention_mask, num_keys, query.dtype, query.device, rows.expand(query.shape[0], -1)) == 0
+    return None
+
+
+def check_selected_within(module: nn.Module, told: Tensor | None, visible: Tensor | None) -> None:
+    """A selection is made among the keys that the model's mask shows: refused where the documents in a row narrow it further."""
+    if visible is None or visible is told:
+        return
+    why = (
+        f"{type(module).__name__} selects keys by itself and was not told of the packed documents in the row: call the model "
+        "with use_cache=False and no attention_mask, where Transformers makes the mask for them"
+    )
+    same = told is not None and (told == visible).all()
+    if torch.compiler.is_compiling() and isinstance(same, Tensor):
+        torch.ops.aten._assert_async.msg(same, why)
+    elif not same:
+        raise NotImplementedError(why)

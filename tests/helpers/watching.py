@@ -1,0 +1,32 @@
+"""Which operations ran, and which engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sm_flex.engines import autograd
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that ran, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def engines_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The engines that autograd.attend was given; dense and flex do without it."""
+    names: list[str] = []
+    attend = autograd.attend
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
+        yield names
