@@ -78,12 +78,12 @@ def attend(
             options = {"bias": attn_mask if is_bias else None, "reads": seen if isinstance(seen, Tensor) else None}
             options |= {"score_mod": mask.score_mod, "dropout_p": dropout_p, "aligned": mask.ordered}
             return *dense.attend(q, k, v, mass.table(q.shape[2], score_dtype(q)), visible, scale=scale, **options), None
-        call = Call(q, k, v, None, None, None, causal=False, scale=scale, dropout_p=dropout_p)
         rows = cpu_chunks.rows_together(q.shape[2], k.shape[2]) if engine == "cpu" else None
         if rows is not None:
-            return *cpu_chunks.attend(call, mass, attn_mask, rows, return_lse=return_lse), None
+            return *cpu_chunks.attend(q, k, v, mass, attn_mask, scale, rows, return_lse=return_lse), None
         bias, causal = MASKED_KERNELS[engine].causality(attn_mask, q, k)
-        call = call._replace(bias=bias, causal=causal, may_be_masked=causal and q.shape[2] > k.shape[2])
+        may_be_masked = causal and q.shape[2] > k.shape[2]
+        call = Call(q, k, v, bias, None, None, causal, scale, dropout_p, may_be_masked)
         return *autograd.attend(engine, call, mass, return_lse=return_lse), None
 
 

@@ -32,8 +32,9 @@ KERNELS: dict[str, Kernel] = {
 # How many columns a gradient of lse' adds, of which PARTS are not 0. Kernels want a multiple of 8.
 WIDENING = 8
 PARTS = 3
-# What the Function takes, one after the other; its gradients come in the same order.
+# What the Function takes, one after the other, and where those stand that have a gradient.
 ARGUMENTS = ("engine", "return_lse", *Call._fields, *Mass._fields)
+Q, K, V, BIAS, LOG_MASS = [ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS")]
 
 
 def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +52,7 @@ def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Te
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
     call = call._replace(k=k, v=v, cu_k=None if call.cu_k is call.cu_q else call.cu_k)
-    mass = mass._replace(cu_seqlens=None)
+    mass = mass if mass.cu_seqlens is None else mass._replace(cu_seqlens=None)
     # Eager: always return lse', so that a second derivative is refused. Compiled: there is no second
     # derivative, and AOTAutograd would hand us a gradient for an lse' that no caller asked for.
     with_lse = return_lse or not torch.compiler.is_compiling()
@@ -77,7 +78,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, engine: str, return_lse: bool, *arguments: Any) -> Any:
         call, mass = Call(*arguments[: len(Call._fields)]), Mass(*arguments[len(Call._fields) :])
         inputs = (call.q, call.k, call.v, call.bias, call.cu_q, call.cu_k, mass.log_mass_HS)
-        if mass.log_mass_HS is None and mass.positions is None:
+        if call.cu_q is not None and mass.log_mass_HS is None and mass.positions is None:
             mass = mass._replace(cu_seqlens=call.cu_q)
         out, lse, state = forward(engine, _with_cu_k(call), mass)
         ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
@@ -88,31 +89,31 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_out, grad_lse = grad_outputs if len(grad_outputs) == 2 else (grad_outputs[0], None)
+        grads: list[Tensor | None] = [None] * len(ARGUMENTS)
         if grad_out is None and grad_lse is None:
-            return tuple([None for _ in ARGUMENTS])
+            return tuple(grads)
         q, k, v, bias, cu_q, cu_k, log_mass, out, lse, *state = ctx.saved_tensors
         call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
-        needs_grad = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=True))
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads: dict[str, Tensor | None] = {}
-        if needs_grad["log_mass_HS"]:
-            grads["log_mass_HS"] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
+        if ctx.needs_input_grad[LOG_MASS]:
+            grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
         if bias is not None or call.may_be_masked:
             # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.
             lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
         if grad_lse is not None:
             call, grad_out, out = widened(call, grad_out, out, grad_lse)
-        dq, dk, dv, dbias = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_grad["bias"])
+        needs_bias_grad = ctx.needs_input_grad[BIAS]
+        dq, dk, dv, grads[BIAS] = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_bias_grad)
         if grad_lse is not None:
             dq, dk, dv = [x[..., : q.shape[-1]] for x in (dq, dk, dv)]
-        grads = {**grads, "q": dq, "k": dk, "v": dv, "bias": dbias}
-        return tuple([grads.get(name) for name in ARGUMENTS])
+        grads[Q], grads[K], grads[V] = dq, dk, dv
+        return tuple(grads)
 
 
 def _with_cu_k(call: Call) -> Call:
     """attend() leaves cu_k out where it is cu_q."""
-    return call._replace(cu_k=call.cu_q) if call.cu_k is None else call
+    return call if call.cu_q is None or call.cu_k is not None else call._replace(cu_k=call.cu_q)
 
 
 def widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Call, Tensor, Tensor]:

@@ -26,21 +26,31 @@ def rows_together(num_queries: int, num_keys: int) -> int | None:
     return rows if num_queries > rows else None
 
 
-def attend(call: Call, mass: Mass, attn_mask: Tensor | None, rows: int, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """As autograd.attend("cpu", ...), in blocks of rows; the call has no bias."""
-    num_queries, num_keys = call.q.shape[2], call.k.shape[2]
+def attend(
+    q_BHSD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mass: Mass,
+    attn_mask: Tensor | None,
+    scale: float,
+    rows: int,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As autograd.attend("cpu", ...), in blocks of rows."""
+    num_queries, num_keys = q_BHSD.shape[2], k_BHTD.shape[2]
     log_mass = mass.log_mass_HS
     assert log_mass is not None, "on a CPU log M is a table"
 
     def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor | None]:
         end = start + q_block.shape[2]
         keys = min(max(1, end + num_keys - num_queries), num_keys)
-        bias = banded_bias(start + num_keys - num_queries, end - start, keys, -1, call.q.dtype)
+        bias = banded_bias(start + num_keys - num_queries, end - start, keys, -1, q_BHSD.dtype)
         if attn_mask is not None:
             part = bias_block(attn_mask, start, end, keys)
             bias = torch.where(part, bias, -math.inf) if part.dtype == torch.bool else bias + part
-        k, v = call.k[:, :, :keys], call.v[:, :, :keys]
-        block_call = call._replace(q=q_block, k=k, v=v, bias=bias, causal=False)
-        return autograd.attend("cpu", block_call, Mass(log_mass[..., start:end]), return_lse=return_lse)
+        k, v = k_BHTD[:, :, :keys], v_BHTD[:, :, :keys]
+        call = Call(q_block, k, v, bias, None, None, causal=False, scale=scale)
+        return autograd.attend("cpu", call, Mass(log_mass[..., start:end]), return_lse=return_lse)
 
-    return in_row_blocks(block, call.q, rows, call.k, call.v, attn_mask)
+    return in_row_blocks(block, q_BHSD, rows, k_BHTD, v_BHTD, attn_mask)

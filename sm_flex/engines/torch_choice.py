@@ -83,8 +83,8 @@ def can_use(engine: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | No
 @torch.compiler.assume_constant_result
 def enabled(backend: str) -> bool:
     """Whether the sdpa_kernel() context in force allows a kernel. On a CPU torch knows two, flash and math."""
-    cuda = torch.backends.cuda
-    return {"FLASH_ATTENTION": cuda.flash_sdp_enabled, "MATH": cuda.math_sdp_enabled}[backend]()
+    assert backend in ("FLASH_ATTENTION", "MATH")
+    return torch.backends.cuda.math_sdp_enabled() if backend == "MATH" else torch.backends.cuda.flash_sdp_enabled()
 
 
 def _unequal(q: Tensor, k: Tensor) -> bool:
