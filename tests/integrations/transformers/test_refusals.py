@@ -33,7 +33,7 @@ def llama(**changes: Any) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("setting", "error", "why"),
     [
-        ({"gamma": [0.5, 0.25]}, ValueError, "one number for each of the 6 attention heads, got 2"),
+        ({"gamma": [0.5, 0.25]}, ValueError, "one number for each of the model's 6 query heads, got 2"),
         ({"gamma": -0.5}, ValueError, "must be >= 0"),
         ({"gamma": float("nan")}, ValueError, "must be >= 0"),
         ({"gamma": [0.1, 0.1, 0.1, 0.1, 0.1, -1]}, ValueError, "must be >= 0"),
