@@ -3,11 +3,14 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
@@ -250,3 +253,27 @@ def test_a_plain_eager_launch_goes_past_the_ops(in_place: bool, monkeypatch: pyt
     with FlopCounterMode(display=False):
         rk.launch(kept, lse, mass, in_place=in_place)
     assert called == ["remask_in_place_op" if in_place else "remask_op"]
+
+
+def test_the_shape_of_a_tile_is_never_symbolic(monkeypatch: pytest.MonkeyPatch):
+    """Under dynamic shapes the head dim may be a symbol, whose next power of two sympy would not stop looking for."""
+    shapes: list[tuple[int, int]] = []
+    block_shape = rk.block_shape
+
+    def of_a_number(head_dim: int, itemsize: int) -> tuple[int, int]:
+        assert type(head_dim) is int
+        shapes.append(block_shape(head_dim, itemsize))
+        return shapes[-1]
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[Any, Any]) -> Callable[..., None]:
+            return lambda *args, **constants: None
+
+    def launch(out: Tensor, lse: Tensor, table: Tensor) -> Tensor:
+        assert isinstance(out.shape[3], torch.SymInt)
+        rk._launch(Kernel(), out, out, lse, lse, Mass(table), in_place=True)
+        return lse
+
+    monkeypatch.setattr(rk, "block_shape", of_a_number)
+    make_fx(launch, tracing_mode="symbolic")(torch.empty(2, 3, 37, 24), torch.empty(2, 3, 37), torch.empty(1, 37))
+    assert shapes == [block_shape(24, 4)]

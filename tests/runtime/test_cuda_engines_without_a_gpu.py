@@ -16,6 +16,7 @@ from sm_flex.engines import Call, Need, autograd, choose, efficient, torch_choic
 from sm_flex.epilogue import remask as epilogue_module
 from sm_flex.mass.closed_form import largest_pseudo_score
 from sm_flex.mass.table import Mass
+from sm_flex.runtime import HAS_TRITON
 from sm_flex.score_mod import stablemask
 from sm_flex.testing import assert_matches_eq11, oracle
 from sm_flex.visibility.blocks import narrow_block_mask
@@ -310,3 +311,49 @@ def test_row_maxima_are_those_of_the_whole_row():
     assert (lse >= largest).all()
     each = stablemask(0.5, length=4).largest_pseudo_score(torch.device("cpu"), 5, 5)
     assert torch.equal(each, largest)
+
+
+@fake_cuda
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton log M is always a table")
+def test_who_computes_log_mass():
+    """The kernel itself where it can; a table where gamma is learned, beside a sink, in float64 and elsewhere."""
+    device, cu = torch.device(CUDA), torch.tensor([0, 3, 7], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gamma = torch.empty(4, device=CUDA)
+        mass = stablemask(gamma, length=9).mass(device, 7, 7, torch.float32, cu)
+        assert mass == Mass(None, gamma, None, cu, 9)
+        positions = torch.empty(7, device=CUDA, dtype=torch.int64)
+        mass = stablemask(0.5, length=9, positions=positions).mass(device, 7, 7, torch.float32, cu)
+        assert (mass.log_mass_HS, mass.cu_seqlens, mass.length) == (None, None, 9)
+        assert mass.positions is positions
+        learned = torch.empty(4, device=CUDA, requires_grad=True)
+        for mask, dtype in (
+            (stablemask(learned, length=9), torch.float32),
+            (stablemask(gamma, length=9, sink=gamma), torch.float32),
+            (stablemask(gamma, length=9), torch.float64),
+        ):
+            mass = mask.mass(device, 7, 7, dtype)
+            assert mass == Mass(mass.log_mass_HS)
+            assert mass.log_mass_HS is not None
+            assert (mass.log_mass_HS.shape, mass.log_mass_HS.dtype) == ((4, 7), dtype)
+        with torch.no_grad():
+            assert stablemask(learned, length=9).mass(device, 7, 7, torch.float32).log_mass_HS is None
+    assert stablemask(torch.rand(4), length=9).mass(torch.device("cpu"), 7, 7, torch.float32).log_mass_HS is not None
+
+
+@fake_cuda
+@pytest.mark.parametrize(
+    ("need", "why"),
+    [
+        ({"backend": "FLASH_ATTENTION", "masked": True}, "it takes no attn_mask"),
+        ({"backend": "CUDNN_ATTENTION", "dim": 128, "lse_grad": True}, "head dims up to 120"),
+        ({"backend": "EFFICIENT_ATTENTION", "score_mod": True}, "neither an inner score_mod nor a block_mask"),
+        ({"backend": "EFFICIENT_ATTENTION", "rows": 0}, "it takes no empty tensor"),
+        ({"backend": "MATH", "flex_options": True}, "belong to torch's flex kernels"),
+        ({"backend": "TRITON", "masked": True}, "it takes no attn_mask"),
+        ({"backend": "TRITON", "dropout_p": 0.1}, "it has no dropout"),
+    ],
+)
+def test_an_engine_asked_for_by_name_says_why_it_cannot_serve(need: dict, why: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(NotImplementedError, match=f"BACKEND {need['backend']} cannot serve this call: .*{why}"):
+        chosen(monkeypatch, SDPBackend.MATH, {}, **need)
