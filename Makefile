@@ -10,8 +10,8 @@ setup: ## an environment with everything, and the hooks of pre-commit
 test:
 	$(BIN)/pytest
 
-fast: ## the core alone, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/core tests/test_packaging.py
+fast: ## the core alone
+	$(BIN)/pytest tests/core tests/test_packaging.py
 
 lint:
 	$(BIN)/ruff check .

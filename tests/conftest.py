@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch, and for the programs that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -22,6 +21,7 @@ settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 MAX_WORKERS = 4
 # Folders in the order in which workers take their files: the longest files first, so that none is left to the end.
 LONGEST_FIRST = ("integrations", "runtime", "benchmarks", "core")
@@ -33,7 +33,7 @@ def workers(config: pytest.Config) -> int:
     One is enough for a file or a few tests, which are over before a second has imported torch. Workers must not share a GPU.
     """
     option = config.option
-    few = option.keyword or option.lf or option.usepdb or option.trace or option.collectonly
+    few = option.keyword or getattr(option, "lf", False) or option.usepdb or option.trace or option.collectonly
     folders = all((config.invocation_params.dir / arg).is_dir() for arg in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if few or not folders or "gpu" in option.markexpr or torch.cuda.is_available() or cores == 1:
@@ -45,27 +45,21 @@ def workers(config: pytest.Config) -> int:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """As if called with -n, a file to a worker, where pytest-xdist is installed and the caller has not said it."""
     option = config.option
-    started = "PYTEST_XDIST_WORKER" in os.environ  # a worker, which starts none of its own
-    if started or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
+    if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
     option.dist = "loadfile" if option.numprocesses else "no"
     option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: _place(item.path, config.rootpath))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if IS_WORKER:
+        items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def _place(path: Path, root: Path) -> int:
-    folder = path.relative_to(root / "tests").parts[0]
-    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,10 @@ TABLE = "_ATTENTION_CLASSES[config._attn_implementation]"  # a class for each na
 
 def check_looks_up(model: type[PreTrainedModel]) -> None:
     if not looks_up_attention(model):
+        way_out = "" if model.main_input_name == "input_ids" else '; give it to the text alone, {"text_config": "stablemask"}'
         raise NotImplementedError(
-            f"{model.__name__} models do not use Transformers' attention interface: attn_implementation has no effect on them"
+            f"{model.__name__} models do not use Transformers' attention interface: attn_implementation has no effect on "
+            f"them{way_out}"
         )
 
 

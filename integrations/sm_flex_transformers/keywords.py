@@ -23,6 +23,8 @@ HARMLESS = {
     "past_key_values": "the name of cache before Transformers 5.24",
     "past_key_value": "as past_key_values",
     "cache_position": "position_ids and the mask say where the rows are",
+    "input_ids": "the model's own inputs, for layers that are no attention",
+    "inputs_embeds": "as input_ids",
     "use_cache": "about what the model returns",
     "position_embeddings": "query and key are rotated already",
     "output_hidden_states": "about what the model returns",

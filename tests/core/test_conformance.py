@@ -115,11 +115,11 @@ def outcome(fn: Any, law: str, dtype: torch.dtype = torch.float32, max_examples:
 @pytest.fixture
 def no_shrinking() -> Iterator[None]:
     """For a test that asks whether a problem breaks a law and not for the smallest one, which is most of the work."""
-    profile = settings.get_current_profile_name()
-    settings.register_profile("no shrinking", settings.get_profile(profile), phases=[Phase.explicit, Phase.generate])
+    settings.register_profile("before", settings.default)
+    settings.register_profile("no shrinking", settings.default, phases=[Phase.explicit, Phase.generate])
     settings.load_profile("no shrinking")
     yield
-    settings.load_profile(profile)
+    settings.load_profile("before")
 
 
 def test_without_an_error_nothing_is_caught():

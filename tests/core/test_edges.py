@@ -20,22 +20,22 @@ from tests.helpers.problems import DTYPES, packed, qkv, unpacked
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("gamma", [0.5, math.inf])
-def test_varlen_row_without_keys_and_without_mass(gamma: float):
+@pytest.mark.parametrize("number", [0.5, math.inf])
+def test_varlen_row_without_keys_and_without_mass(number: float):
     """A document with more queries than keys, its first rows at p = N-1 or gamma = inf: output 0, gradients 0, lse' = -inf."""
     cu_q, cu_k = torch.tensor([0, 3]).int(), torch.tensor([0, 1]).int()
     positions = torch.tensor([0, 1, 1])
-    rate = torch.tensor(gamma, dtype=torch.float64)
+    gamma = torch.tensor(number, dtype=torch.float64)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = varlen_attn(
             packed(q), packed(k), packed(v), cu_q, cu_k, 3, 1, window_size=(-1, 0), return_aux=VarlenAux(lse=True),
-            score_mod=stablemask(rate, length=2, positions=positions),
+            score_mod=stablemask(gamma, length=2, positions=positions),
         )  # fmt: skip
         return unpacked(out), lse.unsqueeze(0).clamp(min=-1e3)
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = oracle(q, k, v, gamma=rate, length=2, positions=positions)
+        out, lse = oracle(q, k, v, gamma=gamma, length=2, positions=positions)
         return out, lse.clamp(min=-1e3)
 
     inputs = qkv(1, 2, 2, 3, 1, 8)

@@ -58,8 +58,8 @@ def problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 MASSES = {
     "a number": lambda s: Mass(None, torch.tensor(0.5, dtype=torch.float64), None, None, s + 7),
-    "one a head": lambda s: Mass(None, torch.tensor([0.0, 0.01, 2.0]), None, None, s),
-    "extreme rates": lambda s: Mass(None, torch.tensor([1e-8, INF, 1e4]), None, None, s + 100),
+    "one per head": lambda s: Mass(None, torch.tensor([0.0, 0.01, 2.0]), None, None, s),
+    "extreme gammas": lambda s: Mass(None, torch.tensor([1e-8, INF, 1e4]), None, None, s + 100),
     "a little below 0": lambda s: Mass(None, torch.tensor([-1e-4, 0.3, 3e38]), None, None, max(1, s // 2)),
     "positions (S,)": lambda s: Mass(None, torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (s,)), None, 200),
     "positions (B, S)": lambda s: Mass(None, torch.tensor(0.1), torch.randint(0, 400, (2, s)), None, 200),

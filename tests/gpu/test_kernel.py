@@ -22,7 +22,7 @@ BATCH, HEADS, ROWS = 2, 3, 263
 
 MASSES = {
     "a number": lambda: Mass(None, torch.tensor(0.05, dtype=torch.float64), None, None, ROWS + 7),
-    "one a head": lambda: Mass(None, torch.tensor([0.0, 2**-8, 0.9]), None, None, ROWS),
+    "one per head": lambda: Mass(None, torch.tensor([0.0, 2**-8, 0.9]), None, None, ROWS),
     "shorter than the rows": lambda: Mass(None, torch.tensor([0.0, 2**-8, 0.9]), None, None, 101),
     "positions (S,)": lambda: Mass(None, torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (ROWS,)), None, 200),
     "positions (B, S)": lambda: Mass(None, torch.tensor(0.1), torch.randint(0, 400, (BATCH, ROWS)).int(), None, 200),
@@ -102,7 +102,7 @@ def test_log_mass_inside(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dim", [1, 40, 256])
 def test_layouts_and_head_dims(layout: str, dim: int, dtype: torch.dtype):
     out, lse = problem(dim, dtype, layout)
-    mass = mass_of("one a head")
+    mass = mass_of("one per head")
     assert_right(out, lse, mass, *both_ways(out, lse, mass))
 
 
