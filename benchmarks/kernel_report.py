@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import report
-from sm_flex import remask_kernel as rk
+from sm_flex.epilogue import kernel as rk
 
 TARGETS = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

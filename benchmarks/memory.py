@@ -17,7 +17,7 @@ import sm_flex
 from benchmarks import report
 from benchmarks.speed.timing import Call, training_peak
 from sm_flex import headwise_gamma, stablemask
-from sm_flex.visibility import narrow_block_mask
+from sm_flex.visibility.blocks import narrow_block_mask
 
 TARGET = 1.2
 DIM = 64

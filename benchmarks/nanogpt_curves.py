@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from benchmarks import plot, report
 from benchmarks.lm.text import BYTES, Text, read_text
-from sm_flex_launcher.request import BadInput, take_request
+from sm_flex_launcher.flags import BadInput, parse_flags
 
 VALIDATIONS = 8
 STEP = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
     with parser.refusing(BadInput):
         if not (args.checkout / "train.py").is_file():
             raise ValueError(f"this is not a nanoGPT checkout: no train.py in {args.checkout}")
-        take_request(["--attn=stablemask", f"--gamma={args.gamma}"])[0].rates(size.n_head)
+        parse_flags(["--attn=stablemask", f"--gamma={args.gamma}"])[0].gamma_for(size.n_head)
         text = read_text(args.text)
         commit = {"nanoGPT commit": report.commit(args.checkout)}
         result = report.Result(parser, args.out, "nanogpt", device, **commit)

@@ -13,7 +13,8 @@ import platform
 import torch
 
 from sm_flex import __version__
-from sm_flex.engines import rule
+from sm_flex.engines import Need
+from sm_flex.engines.choose import choose
 
 PACKAGES = ("triton", "transformers", "torchtitan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -58,13 +59,11 @@ def engine_for(call: str, dtype: torch.dtype, device: str) -> str:
         return "no such dtype"
     if call == PACKED:
         q = torch.empty(256, 8, 64, dtype=dtype, device=device, requires_grad=True)
-        return rule.choose_packed(q, q, lse_grad=False)
+        return choose(Need(q, q, q, packed=True))
     q = torch.empty(1, 8, 256, 64, dtype=dtype, device=device, requires_grad=True)
     attn_mask = torch.empty(1, 1, 256, 256, dtype=torch.bool, device=device) if call == "attn_mask" else None
-    need = rule.Need(
-        score_mod=call == "inner score_mod", block_mask=call == "block_mask", dropout_p=0.1 if call == "dropout" else 0.0
-    )
-    return rule.choose(q, q, q, attn_mask, need)
+    need = Need(q, q, q, attn_mask, score_mod=call == "inner score_mod", block_mask=call == "block_mask")
+    return choose(need._replace(dropout_p=0.1 if call == "dropout" else 0.0))
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -1,10 +1,11 @@
-"""What a head attends to: the matrix of eq. 11, its column of first tokens, and the share of each row that is real.
+"""What a head attends to: the matrix of eq. 11, its column of first tokens, the real share of each row.
 
     from sm_flex.diagnostics import attention_map, first_token_share, real_share
 
-For looking at a model, not for training one. Each takes the query, the key and the StableMask of a call of the drop-ins (None
-for plain causal attention), in the layout (B, H, S, D). Scores are float32 (float64 for float64 inputs) whatever kernel the
-model runs on, and nothing is differentiated. All three work on the dense engine's blocks of rows.
+For looking at a model, not for training one. Each takes the query, the key and the StableMask of a call of
+the drop-ins (None for plain causal attention), in the layout (B, H, S, D). Scores are float32 (float64 for
+float64 inputs) whatever kernel the model runs on, and nothing is differentiated. All three work on the dense
+engine's blocks of rows.
 """
 
 import math
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sm_flex import _checks, visibility
-from sm_flex.dispatch import autocast, no_autocast, score_scale, wide
+from sm_flex.checks.fits import check_mask_fits, check_positions_fit
+from sm_flex.checks.mask import check_integers
+from sm_flex.checks.packed import check_cu_seqlens, check_cu_values
+from sm_flex.checks.tensors import check_qkv, check_scale, check_visible
 from sm_flex.engines import dense
-from sm_flex.mass import document_of
+from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.mass.closed_form import document_of
+from sm_flex.runtime import autocast, no_autocast, score_dtype, score_scale
 from sm_flex.score_mod import StableMask
-from sm_flex.share import shares
-from sm_flex.visibility import VisibleRows
+from sm_flex.visibility.rows import VisibleRows, document_rows, visible_rows
 
 
 def attention_map(
@@ -35,24 +39,26 @@ def attention_map(
 ) -> Tensor:
     """softmax(A_SM) o C, the matrix of eq. 11 by which the values are multiplied.
 
-    S x T numbers a head: look at one layer, and one sequence, at a time.
+    S x T numbers per head: look at one layer, and one sequence, at a time.
 
     Args:
         query: (B, H, S, D). key: (B, Hkv, T, D), with H a multiple of Hkv.
-        mask: the StableMask of the call, whose inner score_mod acts on the real scores, or None for plain causal attention.
+        mask: the StableMask of the call, whose inner score_mod acts on the real scores, or None for plain
+            causal attention.
         scale: of the scores, 1/sqrt(D) where None.
-        visible: what is seen within the causal slots (key j by query i when j <= i + (T - S)): a boolean tensor broadcastable to
-            (B, H, S, T), a BlockMask, or None for all of it.
-        cu_seqlens: (documents + 1,) int32, the first row of each document and T, where documents are packed one after another
-            along S = T, in every row of the batch alike. Each sees itself alone, and the mass restarts with it, as in
-            varlen_attn.
+        visible: what is seen within the causal slots (key j by query i when j <= i + (T - S)): a boolean
+            tensor broadcastable to (B, H, S, T), a BlockMask, or None for all of it.
+        cu_seqlens: (documents + 1,) int32, the first row of each document and T, where documents are packed
+            one after another along S = T, in every row of the batch alike. Each sees itself alone, and the
+            mass restarts with it, as in varlen_attn.
 
     Returns:
-        (B, H, S, T), float32 (float64 for float64 inputs), 0 above the diagonal. A row sums to the share of it that is
-        real: to 1 without a mass, to 0 where it sees nothing.
+        (B, H, S, T), float32 (float64 for float64 inputs), 0 above the diagonal. A row sums to the share of
+        it that is real: to 1 without a mass, to 0 where it sees nothing.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came and the way out.
+        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came
+            and the way out.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 3, 4)
@@ -81,16 +87,17 @@ def first_token_share(
 
     Args:
         query, key, mask, scale, visible, cu_seqlens: as for attention_map.
-        key_positions: (T,) or (B, T) integers, the position of each key in its own sequence. A first token is a visible key at
-            position 0; any other, negative ones too, is none (what no query sees may be at 0: padding). None: the first
-            row of each document of cu_seqlens, else the positions of the mask, else slot 0 (pass them for left padding
-            without a StableMask); S and T must then be equal.
+        key_positions: (T,) or (B, T) integers, the position of each key in its own sequence. A first token is
+            a visible key at position 0; any other, negative ones too, is none (what no query sees may be at
+            0: padding). None: the first row of each document of cu_seqlens, else the positions of the mask,
+            else slot 0 (pass them for left padding without a StableMask); S and T must then be equal.
 
     Returns:
         (B, H, S), float32 (float64 for float64 inputs); 0 for a row that no longer sees its first token.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came and the way out.
+        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came
+            and the way out.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 4, 4)
@@ -113,17 +120,18 @@ def real_share(
     visible: Tensor | BlockMask | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The share of each row's attention that goes to real tokens: alpha of section 4.2, the row sums of eq. 11's matrix.
+    """The share of each row's attention that goes to real tokens: alpha of section 4.2, eq. 11's row sums.
 
     Args:
         query, key, mask, scale, visible, cu_seqlens: as for :func:`attention_map`.
 
     Returns:
-        (B, H, S) in [0, 1], float32 (float64 for float64 inputs): 1 without a mass, 0 for a row that sees nothing. No S x T
-        tensor is made.
+        (B, H, S) in [0, 1], float32 (float64 for float64 inputs): 1 without a mass, 0 for a row that sees
+        nothing. No S x T tensor is made.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came and the way out.
+        TypeError, ValueError, NotImplementedError: as the drop-ins, naming the argument, the rule, what came
+            and the way out.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 4, 4)
@@ -134,7 +142,7 @@ def real_share(
 
 
 class _Call(NamedTuple):
-    """A request that was checked."""
+    """A call that was checked."""
 
     query: Tensor
     key: Tensor
@@ -158,33 +166,32 @@ def _read(
             "stablemask(gamma, length=N)"
         )
     query, key = autocast(query, key)
-    _checks.check_qkv(query, key, key, True, "BHSD")
-    _checks.check_scale(scale)
-    batch, heads, num_queries, dim = query.shape
-    num_keys, device = key.shape[2], query.device
+    check_qkv(query, key, key, True, "BHSD")
+    check_scale(scale)
+    num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
     if mask is not None:
         block_mask = visible if isinstance(visible, BlockMask) else None
-        _checks.check_mask_fits(mask, batch, heads, num_queries, num_keys, device, block_mask)
+        check_mask_fits(mask, query.shape[:3], num_keys, device, block_mask)
     if visible is not None:
-        _checks.check_visible(visible, query, key)
+        check_visible(visible, query, key)
     if isinstance(visible, Tensor):
         visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-    rows = visibility.visible_rows(visible, batch, heads, num_queries, num_keys, device, mask is None or mask.ordered)
+    rows = visible_rows(visible, query.shape[:3], num_keys, device, mask is None or mask.ordered)
     if cu_seqlens is not None:
         rows = _within_documents(rows, cu_seqlens, mask, num_queries, num_keys, device)
     if mask is None:
-        log_mass = torch.full((1, num_queries), -math.inf, dtype=wide(query), device=device)
+        log_mass = torch.full((1, num_queries), -math.inf, dtype=score_dtype(query), device=device)
     else:
-        restarts = cu_seqlens if mask.positions is None else None
         with torch.no_grad():
-            log_mass = mask.mass(device, num_queries, num_keys, restarts).shared_table(wide(query))
-    return _Call(query, key, mask, score_scale(scale, dim), rows, log_mass)
+            mass = mask.mass(device, num_queries, num_keys, score_dtype(query), cu_seqlens)
+            log_mass = mass.table(num_queries, score_dtype(query))
+    return _Call(query, key, mask, score_scale(scale, query.shape[-1]), rows, log_mass)
 
 
 def _within_documents(
     rows: VisibleRows, cu_seqlens: Tensor, mask: StableMask | None, num_queries: int, num_keys: int, device: torch.device
 ) -> VisibleRows:
-    _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, device)
     if mask is not None and not mask.ordered:
         raise ValueError("cu_seqlens is for rows in order: with ordered=False visible alone says who sees whom")
     if num_queries != num_keys:
@@ -192,10 +199,10 @@ def _within_documents(
             f"cu_seqlens is for equal query and key lengths, got S={num_queries}, T={num_keys}: say with visible which "
             "keys each query sees"
         )
-    _checks.check_cu_values("cu_seqlens", cu_seqlens, num_keys)
+    check_cu_values("cu_seqlens", cu_seqlens, num_keys)
     if mask is not None and mask.length is None:
         raise ValueError("length is required with cu_seqlens: pass stablemask(gamma, length=N), the training length")
-    documents = visibility.document_rows(cu_seqlens, cu_seqlens, num_queries, num_keys, -1)
+    documents = document_rows(cu_seqlens, cu_seqlens, num_queries, num_keys, -1)
     return lambda start, end: rows(start, end) & documents(start, end)
 
 
@@ -204,8 +211,8 @@ def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor 
     batch, _, num_queries, _ = call.query.shape
     num_keys, device = call.key.shape[2], call.query.device
     if key_positions is not None:
-        _checks.check_integers(key_positions, "key_positions")
-        _checks.check_positions_fit(key_positions, batch, num_keys, device, "key_positions")
+        check_integers(key_positions, "key_positions")
+        check_positions_fit(key_positions, batch, num_keys, device, "key_positions")
         positions = key_positions
     elif num_queries != num_keys:
         raise ValueError(
@@ -223,7 +230,10 @@ def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor 
 
 
 def _by_rows(call: _Call, look: Callable[[Tensor, Tensor], Tensor], *columns: int) -> Tensor:
-    """(B, H, S, *columns): look(weights (B, H, rows, T) of the real scores alone, share (B, H, rows)) of each block of rows."""
+    """(B, H, S, *columns): look(weights, share) of each block of rows.
+
+    weights (B, H, rows, T) are those of the real scores alone, share is (B, H, rows).
+    """
     query, key, mask, scale, rows, log_mass = call
     batch, heads, num_queries, _ = query.shape
     result = torch.empty(batch, heads, num_queries, *columns, dtype=log_mass.dtype, device=query.device)
@@ -232,5 +242,5 @@ def _by_rows(call: _Call, look: Callable[[Tensor, Tensor], Tensor], *columns: in
         weigh = dense.weights_by_rows(key, rows, log_mass.dtype, scale=scale, score_mod=score_mod)
         for start, end in dense.row_blocks(batch, heads, num_queries, key.shape[2]):
             weights, lse = weigh(query[:, :, start:end], start, key.shape[2])
-            result[:, :, start:end] = look(weights, shares(lse, log_mass[..., start:end])[0])
+            result[:, :, start:end] = look(weights, real_share_and_lse(lse, log_mass[..., start:end], return_lse=False)[0])
     return result

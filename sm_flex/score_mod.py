@@ -1,24 +1,29 @@
-"""stablemask(): what the caller wants, as a score_mod. The drop-ins in attention.py know how to do it."""
+"""stablemask(): what the caller wants, as a score_mod. The drop-ins know how to do it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import check_gamma, check_length, check_positions, check_sink
-from sm_flex.mass import Mass
+from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink
+from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
+from sm_flex.mass.table import Mass, cached_table
+from sm_flex.runtime import HAS_TRITON, differentiable, watched
 
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+class ScoreMod(Protocol):
+    """(score, b, h, q_idx, kv_idx) -> score, all of them 0-d tensors, as torch's flex_attention takes it."""
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class StableMask:
-    """A request for StableMask attention: make it with :func:`stablemask`, give it to a drop-in as ``score_mod``.
+    """StableMask attention as a score_mod: made by :func:`stablemask`, given to a drop-in.
 
-    gamma, length, positions, score_mod, sink and ordered are what stablemask() was given; gamma, and a sink, are always tensors.
+    gamma, length, positions, score_mod, sink and ordered are what stablemask() was given. gamma, and a sink,
+    are tensors here.
     """
 
     gamma: Tensor
@@ -39,9 +44,9 @@ class StableMask:
     def presoftmax(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """A * C + P of eq. 8 as a plain score_mod, for torch's own flex_attention without a block_mask.
 
-        Its softmax is StableMask's before the remask: the output still mixes in the values of future keys, only the
-        log-sum-exp is the one that the drop-ins return. Query and key lengths must be equal and are N. On a GPU give
-        gamma as a tensor on that GPU.
+        Its softmax is StableMask's before the remask: the log-sum-exp is the one that the drop-ins return,
+        but the output still mixes in the values of future keys. Query and key lengths must be equal and are
+        N. On a GPU give gamma as a tensor on that GPU.
 
         Raises:
             ValueError: length, positions or a sink were given; eq. 8 knows none of them.
@@ -54,21 +59,42 @@ class StableMask:
         gamma = self.gamma if self.gamma.dim() == 0 else self.gamma[h]
         return torch.where(q_idx >= kv_idx, real, (-kv_idx * gamma).to(score.dtype))
 
-    def mass(self, device: torch.device, num_queries: int, num_keys: int, cu_seqlens: Tensor | None = None) -> Mass:
-        """What log M of a call depends on: S queries, T keys (N where no length was given), documents packed or not."""
+    def mass(
+        self, device: torch.device, num_queries: int, num_keys: int, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+    ) -> Mass:
+        """log M of a call with S queries, T keys and scores of dtype. N is T where no length was given.
+
+        Here alone it is decided who computes log M. The Triton kernel does so inside its one launch, but has
+        no gradient for gamma, knows no sink and has no float64. For all else log M is a table, which is
+        small.
+
+        cu_seqlens: the documents of packed rows, whose positions restart at each where the mask has no
+            positions.
+        """
+        gamma, sink = self._on(device, "gamma", self.gamma), None
         length = num_keys if self.length is None else self.length
-        sink = None if self.sink is None else self._on(device, "sink", self.sink)
-        return Mass(self._on(device, "gamma", self.gamma), self.positions, cu_seqlens, length, num_queries, sink)
+        cu_seqlens = cu_seqlens if self.positions is None else None
+        if self.sink is not None:
+            sink = self._on(device, "sink", self.sink)
+        elif HAS_TRITON and device.type == "cuda" and dtype == torch.float32 and not differentiable(gamma):
+            return Mass(None, gamma, self.positions, cu_seqlens, length)
+        return Mass(cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype))
+
+    def largest_pseudo_score(self, device: torch.device, num_queries: int, num_keys: int) -> Tensor:
+        """The largest pseudo score of each row, for a mask without a sink: float32, broadcastable to (B, H, S)."""
+        positions = row_positions(num_queries, None, device) if self.positions is None else self.positions
+        length = num_keys if self.length is None else self.length
+        return largest_pseudo_score(self._on(device, "gamma", self.gamma).float(), positions, length)
 
     def _on(self, device: torch.device, name: str, x: Tensor) -> Tensor:
-        """gamma or sink on the device of the call; a number is copied there once, so that later calls copy nothing."""
+        """gamma or sink on the device of the call. A number is copied once, and later calls find the copy."""
         if x.device == device:
             return x
-        if torch.compiler.is_compiling() or x.requires_grad or _get_current_dispatch_mode() is not None:
-            return _copy(x, device)
+        if torch.compiler.is_compiling() or x.requires_grad or watched():
+            return _to_device(x, device)
         if (name, device) not in self._copies:
             with torch.inference_mode(False):
-                self._copies[name, device] = _copy(x, device)
+                self._copies[name, device] = _to_device(x, device)
         return self._copies[name, device]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,31 +112,35 @@ def stablemask(
 ) -> StableMask:
     """StableMask (Yin et al., ICML 2024) as a score_mod for sm_flex's drop-ins.
 
-    Row p of the attention gets pseudo scores -j * gamma for p < j < N beside its real ones, which take their share of
-    the softmax and carry no value: out = (softmax(A * C + P) * C) V (eq. 11).
+    Row p of the attention gets pseudo scores -j * gamma for p < j < N beside its real ones. They take their
+    share of the softmax and carry no value: out = (softmax(A * C + P) * C) V (eq. 11).
 
     Args:
-        gamma: the decay rate, a number >= 0 (inf is plain causal attention), or a floating tensor, 0-d or (H,) with one
-            rate a query head (see :func:`sm_flex.headwise_gamma`), on the device of the call. One that requires grad is
-            learned; keep it positive, e.g. with softplus (its sign is not checked, as it may drift past 0 in a step).
-        length: N, the training length. Always pass it where a model will see more than one length: None means the key
-            length of the call, so a cache or a longer batch would change old rows. Required with positions, and by
-            varlen_attn. From N on a row keeps one pseudo score, -(p+1) gamma (section 4.3).
-        positions: (S,) or (B, S) integers ((T_q,) for varlen_attn), the position of each query in its own sequence. None
-            means 0..S-1, and query and key lengths must then be equal. Positions feed the mass and nothing else.
-        score_mod: an ordinary score_mod (ALiBi, soft-capping) that acts on the real scores first.
-        sink: one more pseudo score a row, or the log-sum-exp of several: log M becomes log(e^log M + e^sink). A number, or a
-            floating tensor: 0-d, (H,) with one a query head (gpt-oss's learned sinks, with gamma = inf for those alone), or
-            broadcastable to (B, H, S) ((H, T_q) for varlen_attn), which is any mass there is. It may require grad.
-        ordered: False where slots do not follow the sequence, as the shards of context parallelism may not: the block_mask
-            of flex_attention, then required as positions are, alone says who sees whom, and must itself be causal.
+        gamma: the decay of the pseudo scores, a number >= 0 (inf is plain causal attention), or a floating
+            tensor on the device of the call: 0-d, or (H,) with one gamma per query head (see
+            :func:`sm_flex.headwise_gamma`). One that requires grad is learned. Keep it positive, e.g. with
+            softplus; its sign is not checked, since a learned gamma may drift past 0 in a step.
+        length: N, the training length. Always pass it where a model will see more than one length. None means
+            the key length of the call, so a cache or a longer batch would change old rows. Required with
+            positions, and by varlen_attn. From N on a row keeps one pseudo score, -(p+1) gamma (section 4.3).
+        positions: (S,) or (B, S) integers ((T_q,) for varlen_attn), the position of each query in its own
+            sequence. None means 0..S-1, and query and key lengths must then be equal. Positions feed the mass
+            and nothing else.
+        score_mod: an ordinary score_mod (ALiBi, soft-capping), which acts on the real scores first.
+        sink: one more pseudo score per row, or the log-sum-exp of several: log M becomes log(e^log M +
+            e^sink). A number, or a floating tensor: 0-d, (H,) with one per query head (gpt-oss's learned
+            sinks; with gamma = inf they are all the mass there is), or broadcastable to (B, H, S) ((H, T_q)
+            for varlen_attn), which can stand for any mass. It may require grad.
+        ordered: False where slots do not follow the sequence, as in the shards of context parallelism. Then
+            the block_mask of flex_attention alone says which keys a query sees, and must itself be causal. It
+            is required, as are positions.
 
     Returns:
         A StableMask. Calling it, as torch's own flex_attention would, raises.
 
-    Under torch.compile a StableMask built outside the compiled region, or one whose gamma is a tensor, never recompiles
-    when gamma changes. A Python float turned into a StableMask inside the region follows torch's rules for Python floats
-    there: it is a constant of the graph, and a new value compiles anew.
+    Under torch.compile a StableMask built outside the compiled region, or one whose gamma is a tensor, never
+    recompiles when gamma changes. A Python float turned into a StableMask inside the region follows torch's
+    rules for Python floats there: it is a constant of the graph, and a new value compiles anew.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value.
@@ -138,6 +168,6 @@ def stablemask(
     return StableMask(gamma, length, positions, score_mod, None if sink is None else check_sink(sink), ordered)
 
 
-def _copy(x: Tensor, device: torch.device) -> Tensor:
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
     # Some devices (MPS) have no float64; log M is float32 there.
     return x.to(device) if device.type in ("cpu", "cuda") else x.to(device, torch.float32)

@@ -19,7 +19,7 @@ from sm_flex import diagnostics
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "integrations" / "README.md"]
+OTHERS = [ROOT / "CONTRIBUTING.md", *(ROOT / folder / "README.md" for folder in ("integrations", "benchmarks"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOK = ROOT / "examples" / "stablemask_tour.ipynb"
 

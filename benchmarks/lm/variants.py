@@ -90,5 +90,6 @@ class Mass(nn.Module):
     def share_at_scores_0(self, positions: Tensor) -> Tensor:
         """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real if all scores are 0."""
         seen = (positions + 1).log()
-        log_m = self(positions).mass(positions.device, positions.shape[-1], positions.shape[-1]).table(torch.float32)
+        rows = positions.shape[-1]
+        log_m = self(positions).mass(positions.device, rows, rows, torch.float32).table(rows, torch.float32)
         return torch.sigmoid((seen.unsqueeze(1) if positions.dim() == 2 else seen) - log_m)

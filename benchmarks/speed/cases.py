@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report import num_cores
-from sm_flex.engines import rule
+from sm_flex.runtime import BEFORE_2_14
 
 WINDOW = 1024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,7 +66,7 @@ def plan(device: torch.device) -> list[Case]:
 
 def flex_engines() -> tuple[str, ...]:
     """torch's flex on Triton, and on FLASH where it is right: before torch 2.14 its lse is off by ln 2."""
-    return ("flex", "flex FLASH") if not rule.BEFORE_2_14 and _importable("flash_attn.cute") else ("flex",)
+    return ("flex", "flex FLASH") if not BEFORE_2_14 and _importable("flash_attn.cute") else ("flex",)
 
 
 def gpu_plan() -> list[Case]:

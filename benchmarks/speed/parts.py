@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.speed.cases import DTYPES, Case
 from benchmarks.speed.timing import one_line, ratio, turns
 from sm_flex import headwise_gamma, log_mass, scaled_dot_product_attention, stablemask
-from sm_flex.remask import epilogue
+from sm_flex.epilogue.remask import epilogue
 from sm_flex.testing import oracle
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ def epilogue_rows(case: Case, device: torch.device, copy_gbps: float, seconds: f
     calls: dict[str, Callable[[int], Any]] = {}
     errors = {}
     for name, gamma in gammas.items():
-        mass = stablemask(gamma, length=case.length).mass(device, case.length, case.length)
+        mass = stablemask(gamma, length=case.length).mass(device, case.length, case.length, torch.float32)
         share = torch.sigmoid(lse - log_mass(gamma, torch.arange(case.length, device=device), case.length))
         found, _ = epilogue(outs[0].clone(), lse, mass, in_place=True)
         exact = outs[0].double() * share.double().unsqueeze(-1)
@@ -65,7 +65,7 @@ def _touched(lse: Tensor, gamma: Tensor, case: Case, dtype: torch.dtype, device:
     """The fraction of out that has to be read and written."""
     if device.type != "cuda":
         return 1.0
-    from sm_flex.remask_kernel import block_shape
+    from sm_flex.epilogue.kernel import block_shape
 
     tile, _ = block_shape(case.head_dim, dtype.itemsize)
     share = torch.sigmoid(lse[0].double() - log_mass(gamma.double(), torch.arange(case.length, device=device), case.length))

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from sm_flex import StableMask, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex_launcher.request import BadInput, Request
+from sm_flex_launcher.flags import BadInput, Flags
 
 
 class Functions:
     """flash_attn_func and flash_attn_with_kvcache for one model."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, flags: Flags) -> None:
+        self.flags = flags
         self.gamma: Tensor | None = None
         self.length: int | None = None
 
@@ -35,7 +35,7 @@ class Functions:
         """
         if self.length not in (None, config.sequence_len):
             raise BadInput(f"one model length a process: sequence_len is {self.length}, and now {config.sequence_len}")
-        self.gamma, self.length = self.request.rates(config.n_head).to(device), config.sequence_len
+        self.gamma, self.length = self.flags.gamma_for(config.n_head).to(device), config.sequence_len
 
     def flash_attn_func(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
@@ -90,13 +90,13 @@ class Functions:
         return stablemask(self.gamma, length=self.length, positions=positions_BS)
 
 
-def replace(flash_attention: ModuleType, gpt: ModuleType, request: Request) -> Functions:
+def replace(flash_attention: ModuleType, gpt: ModuleType, flags: Flags) -> Functions:
     """Put StableMask in the place of flash_attention.flash_attn's two functions.
 
     Raises:
         BadInput: this nanochat has another interface.
     """
-    functions = Functions(request)
+    functions = Functions(flags)
     try:
         flash_attn, model = flash_attention.flash_attn, gpt.GPT
         init_weights = model.init_weights

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sm_flex_launcher.request import Request
+from sm_flex_launcher.flags import Flags
 
 ENTRY = "attn"
 
 
 @contextmanager
-def remembered(manager: Any, request: Request) -> Iterator[None]:
+def patched_checkpoints(manager: Any, flags: Flags) -> Iterator[None]:
     """While open, nanochat's save_checkpoint adds the attention, and its load_checkpoint refuses that of another.
 
     Raises:
@@ -27,14 +27,14 @@ def remembered(manager: Any, request: Request) -> Iterator[None]:
     def save_with_attention(
         checkpoint_dir: str, step: int, model_data: Any, optimizer_data: Any, meta_data: dict[str, Any], rank: int = 0
     ) -> None:
-        if request.attn != "causal":
-            meta_data = {**meta_data, "model_config": {**meta_data["model_config"], ENTRY: request.name}}
+        if flags.attn != "causal":
+            meta_data = {**meta_data, "model_config": {**meta_data["model_config"], ENTRY: flags.name}}
         save(checkpoint_dir, step, model_data, optimizer_data, meta_data, rank=rank)
 
     @functools.wraps(load)
     def load_checked(*args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
         model_data, optimizer_data, meta_data = load(*args, **kwargs)
-        request.check(meta_data["model_config"].pop(ENTRY, "causal"))
+        flags.check(meta_data["model_config"].pop(ENTRY, "causal"))
         return model_data, optimizer_data, meta_data
 
     manager.save_checkpoint, manager.load_checkpoint = save_with_attention, load_checked

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sm_flex_nanochat
-from sm_flex_launcher.request import BadInput, one_line, take_request
+from sm_flex_launcher.flags import BadInput, exit_on_bad_input, parse_flags
 from sm_flex_nanochat import attention, checkpoint
 
 PROG = "python -m sm_flex_nanochat"
@@ -15,16 +15,14 @@ PROG = "python -m sm_flex_nanochat"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a script of the checkout that is the working directory; bad input is one line on stderr and exit code 2."""
-    with one_line(PROG):
-        request, rest = take_request(sys.argv[1:] if argv is None else argv, sm_flex_nanochat.__doc__ or "")
+    with exit_on_bad_input(PROG):
+        flags, rest = parse_flags(sys.argv[1:] if argv is None else argv, sm_flex_nanochat.__doc__ or "")
         script = _script(rest)
         sys.path.insert(0, str(Path.cwd()))
         sys.argv = rest
-        if request.attn == "stablemask":
-            attention.replace(
-                importlib.import_module("nanochat.flash_attention"), importlib.import_module("nanochat.gpt"), request
-            )
-        with checkpoint.remembered(importlib.import_module("nanochat.checkpoint_manager"), request):
+        if flags.attn == "stablemask":
+            attention.replace(importlib.import_module("nanochat.flash_attention"), importlib.import_module("nanochat.gpt"), flags)
+        with checkpoint.patched_checkpoints(importlib.import_module("nanochat.checkpoint_manager"), flags):
             runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 

@@ -17,23 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from sm_flex import scaled_dot_product_attention, stablemask
-from sm_flex_launcher.request import BadInput, Request
+from sm_flex_launcher.flags import BadInput, Flags
 
 WEIGHTS = {"c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"}
 LENGTH = 1100  # of the probe: more than the sliding windows that people use
 
 
-def replace(model: ModuleType, request: Request) -> None:
+def replace(model: ModuleType, flags: Flags) -> None:
     """Put StableMask attention in the place of model.CausalSelfAttention, for every GPT made from now on.
 
     Raises:
         BadInput: model is not nanoGPT's model.py, or its attention is not plain causal attention.
     """
     _probe(model)
-    model.CausalSelfAttention = stable(model.CausalSelfAttention, request)  # pyright: ignore[reportAttributeAccessIssue]
+    model.CausalSelfAttention = stable(model.CausalSelfAttention, flags)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def stable(base: Any, request: Request) -> type[nn.Module]:
+def stable(base: Any, flags: Flags) -> type[nn.Module]:
     """base, a CausalSelfAttention, with out = (softmax(A * C + P) * C) V (eq. 11) in its forward; N is block_size."""
 
     class StableMaskSelfAttention(base):
@@ -41,7 +41,7 @@ def stable(base: Any, request: Request) -> type[nn.Module]:
             super().__init__(config)
             self.config = config  # of the whole model: crop_block_size changes block_size in it
             # Moves with the model, and is not part of its state_dict.
-            self.register_buffer("gamma", request.rates(config.n_head), persistent=False)
+            self.register_buffer("gamma", flags.gamma_for(config.n_head), persistent=False)
 
         def forward(self, x_BSC: Tensor) -> Tensor:
             q_BHSD, k_BHSD, v_BHSD = [
@@ -59,7 +59,7 @@ def stable(base: Any, request: Request) -> type[nn.Module]:
 
 def _probe(model: ModuleType) -> None:
     """Refuse a model.py whose attention is not ours with gamma = inf."""
-    causal = Request("stablemask", str(math.inf), switch=False)
+    causal = Flags("stablemask", str(math.inf), switch=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # the script's own seeds stay as they are
         try:
             config = model.GPTConfig(block_size=LENGTH, vocab_size=11, n_layer=1, n_head=3, n_embd=15, dropout=0.0, bias=True)

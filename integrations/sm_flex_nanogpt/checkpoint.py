@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from sm_flex_launcher.request import Request
+from sm_flex_launcher.flags import Flags
 
 ENTRY = "attn"
 
 
 @contextmanager
-def remembered(request: Request) -> Iterator[None]:
+def patched_checkpoints(flags: Flags) -> Iterator[None]:
     """While open, torch.save adds the attention to nanoGPT's checkpoints, and torch.load refuses those of another.
 
     Raises:
@@ -25,14 +25,14 @@ def remembered(request: Request) -> Iterator[None]:
     save, load = torch.save, torch.load
 
     def save_with_attention(obj: Any, *args: Any, **kwargs: Any) -> None:
-        if _is_checkpoint(obj) and request.attn != "causal":
-            obj = {**obj, "model_args": {**obj["model_args"], ENTRY: request.name}}
+        if _is_checkpoint(obj) and flags.attn != "causal":
+            obj = {**obj, "model_args": {**obj["model_args"], ENTRY: flags.name}}
         save(obj, *args, **kwargs)
 
     def load_checked(*args: Any, **kwargs: Any) -> Any:
         obj = load(*args, **kwargs)
         if _is_checkpoint(obj):
-            request.check(obj["model_args"].pop(ENTRY, "causal"))
+            flags.check(obj["model_args"].pop(ENTRY, "causal"))
         return obj
 
     torch.save, torch.load = save_with_attention, load_checked

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import sm_flex_nanogpt
-from sm_flex_launcher.request import BadInput, one_line, take_request
+from sm_flex_launcher.flags import BadInput, exit_on_bad_input, parse_flags
 from sm_flex_nanogpt import attention, checkpoint
 
 PROG = "python -m sm_flex_nanogpt"
@@ -16,16 +16,16 @@ PROG = "python -m sm_flex_nanogpt"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a script of the checkout that is the working directory; bad input is one line on stderr and exit code 2."""
-    with one_line(PROG):
-        request, rest = take_request(sys.argv[1:] if argv is None else argv, sm_flex_nanogpt.__doc__ or "")
+    with exit_on_bad_input(PROG):
+        flags, rest = parse_flags(sys.argv[1:] if argv is None else argv, sm_flex_nanogpt.__doc__ or "")
         script = _script(rest)
         # As for `python train.py`: its folder comes first, and its arguments are all it sees.
         sys.path.insert(0, str(script.resolve().parent))
         sys.argv = rest
-        if request.attn == "stablemask":
+        if flags.attn == "stablemask":
             model = _import_model(script)
-            attention.replace(model, request)
-        with checkpoint.remembered(request):
+            attention.replace(model, flags)
+        with checkpoint.patched_checkpoints(flags):
             runpy.run_path(str(script), run_name="__main__")
 
 

@@ -44,7 +44,7 @@ class PositionedGQAttention(GQAttention):
         return super().forward(x_BLD, placed, positions)
 
 
-class _Rates(Module):
+class _Gamma(Module):
     """gamma of every head of the model as a buffer, and the slice of it that this tensor-parallel rank needs.
 
     The buffer is not persistent: a checkpoint holds nothing that the stock model's does not.
@@ -52,13 +52,13 @@ class _Rates(Module):
 
     gamma: Tensor
 
-    def set_rates(self, rates: tuple[float, ...], length: int) -> None:
-        self.rates, self.length, self.tp_rank = rates, length, 0
-        self.register_buffer("gamma", torch.tensor(rates), persistent=False)
+    def set_gamma(self, gamma: tuple[float, ...], length: int) -> None:
+        self.gamma_of_all, self.length, self.tp_rank = gamma, length, 0
+        self.register_buffer("gamma", torch.tensor(gamma), persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         # The model is built on the meta device, and this called when it lies on its own.
-        self.gamma = torch.tensor(self.rates, device=buffer_device or self.gamma.device)
+        self.gamma = torch.tensor(self.gamma_of_all, device=buffer_device or self.gamma.device)
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         super().parallelize(parallel_dims)
@@ -66,17 +66,17 @@ class _Rates(Module):
             self.tp_rank = parallel_dims.get_mesh("tp").get_local_rank()
 
     def gamma_of(self, q_BLNH: Tensor) -> Tensor:
-        """(N,), the rates of the heads of this rank, which holds a run of them."""
+        """(N,), gamma of the heads of this rank, which holds a run of them."""
         heads = q_BLNH.shape[2]
         return _local(self.gamma).narrow(0, self.tp_rank * heads, heads)
 
 
-class StableFlexAttention(_Rates, FlexAttention):
+class StableFlexAttention(_Gamma, FlexAttention):
     """FlexAttention with StableMask. Its BlockMask is torchtitan's: causal, within documents."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FlexAttention.Config):
-        rates: tuple[float, ...]
+        gamma: tuple[float, ...]
         length: int
 
     _options: ClassVar[dict[str, Any]] = {**FlexAttention.inductor_configs}
@@ -86,7 +86,7 @@ class StableFlexAttention(_Rates, FlexAttention):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.set_rates(config.rates, config.length)
+        self.set_gamma(config.gamma, config.length)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -113,17 +113,17 @@ class StableFlexAttention(_Rates, FlexAttention):
         return _typed_as(q_BLNH, out_BLNH)
 
 
-class StableVarlenAttention(_Rates, VarlenAttention):
+class StableVarlenAttention(_Gamma, VarlenAttention):
     """VarlenAttention with StableMask, whose positions restart in each document."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(VarlenAttention.Config):
-        rates: tuple[float, ...]
+        gamma: tuple[float, ...]
         length: int
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.set_rates(config.rates, config.length)
+        self.set_gamma(config.gamma, config.length)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

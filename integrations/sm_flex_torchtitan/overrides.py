@@ -10,7 +10,7 @@ from typing import Any
 
 import spmd_types as spmd
 
-from sm_flex import headwise_gamma
+from sm_flex import gamma_from, length_from
 from sm_flex_torchtitan import BACKENDS
 from sm_flex_torchtitan.versions import check_versions
 
@@ -51,14 +51,15 @@ def stablemask(attention: Any, *, gamma: Any = "headwise", length: Any = None) -
     inner = attention.inner_attention
     if type(inner) not in _STABLE:
         raise ValueError(f"inner_attention must be one of torchtitan's {', '.join(BACKENDS)}, got {type(inner).__qualname__}")
-    rates = _rates(gamma, attention.n_heads)
+    # One for each head, so that a tensor-parallel rank can take those of its own.
+    gammas = tuple(gamma_from(gamma, attention.n_heads).expand(attention.n_heads).tolist())
     sharding = inner.sharding_config
     if sharding is not None:
-        # Every rank has every rate, and takes its heads' in the forward.
+        # Every rank has the gamma of every head, and takes its heads' in the forward.
         states = {**sharding.state_shardings, "gamma": dense_param_placement(tp=spmd.R)}
         sharding = replace(sharding, state_shardings=states)
     training = attention.rope.max_seq_len  # where torchtitan has just put training.seq_len
-    stable = derive(inner, _STABLE[type(inner)], rates=rates, length=_length(length, training), sharding_config=sharding)
+    stable = derive(inner, _STABLE[type(inner)], gamma=gammas, length=_length(length, training), sharding_config=sharding)
     return derive(attention, PositionedGQAttention.Config, inner_attention=stable)
 
 
@@ -80,25 +81,9 @@ def _check_gqa(attention: Any) -> None:
         raise ValueError(f"the model's attention must be torchtitan's GQAttention, as in llama3 and qwen3, got {kind}")
 
 
-def _rates(gamma: Any, heads: int) -> tuple[float, ...]:
-    """One rate for each head."""
-    if gamma == "headwise":
-        return tuple(headwise_gamma(heads).tolist())
-    rates = gamma if isinstance(gamma, list) else [gamma] * heads
-    if not all(isinstance(rate, (int, float)) and not isinstance(rate, bool) for rate in rates):
-        raise TypeError(f'gamma must be "headwise", a number or a list of numbers, got {gamma!r}')
-    if not all(rate >= 0 for rate in rates):  # NaN too
-        raise ValueError(f"gamma must be >= 0 (inf is plain causal attention), got {gamma!r}")
-    if len(rates) != heads:
-        raise ValueError(f"gamma must have one number for each of the model's {heads} query heads, got {len(rates)}: {gamma}")
-    return tuple(float(rate) for rate in rates)
-
-
 def _length(length: Any, training: int) -> int:
     if length is None:
         return training
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"length must be an int, the training length, got {length!r}")
-    if length < training:
+    if length_from(length) < training:
         raise ValueError(f"length must be at least training.seq_len, {training}, got {length}: leave it out for {training}")
     return length

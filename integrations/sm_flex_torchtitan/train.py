@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sm_flex_torchtitan
-from sm_flex_launcher.request import BadInput, normal_gamma, one_line
+from sm_flex_launcher.flags import BadInput, canonical_gamma, exit_on_bad_input, spec_of
 from sm_flex_torchtitan import BACKENDS
 from sm_flex_torchtitan.versions import check_versions
 
@@ -19,7 +19,7 @@ IMPORTS = "--override.imports"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with torchtitan; bad input is one line on stderr and exit code 2, before any device is touched."""
-    with one_line(PROG):
+    with exit_on_bad_input(PROG):
         command = _with_override(*_take(sys.argv[1:] if argv is None else list(argv)))
         _check(command)
     from torchtitan import train
@@ -71,11 +71,7 @@ def _with_override(flags: dict[str, str], rest: list[str]) -> list[str]:
 
 
 def _stablemask(flags: dict[str, str]) -> dict[str, Any]:
-    gamma = normal_gamma(flags.get("--attn.gamma", "headwise"), "--attn.gamma")
-    kwargs: dict[str, Any] = {"gamma": gamma}
-    if gamma != "headwise":
-        rates = [float(rate) for rate in gamma.split(",")]
-        kwargs["gamma"] = rates if len(rates) > 1 else rates[0]
+    kwargs: dict[str, Any] = {"gamma": spec_of(canonical_gamma(flags.get("--attn.gamma", "headwise"), "--attn.gamma"))}
     length = flags.get("--attn.length")
     if length is not None:
         if not length.isascii() or not length.isdigit():

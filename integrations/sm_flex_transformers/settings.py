@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sm_flex import headwise_gamma
+from sm_flex import gamma_from, length_from
 
 KEYS = ("gamma", "length")
 
@@ -82,26 +82,11 @@ def _length(length: Any, config: Any) -> int:
                 'config.stablemask has no "length" and the config no max_position_embeddings: '
                 'set config.stablemask = {"length": N}, the training length'
             )
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f'config.stablemask["length"] must be an int, the training length, got {length!r}')
-    if length < 1:
-        raise ValueError(f'config.stablemask["length"] must be at least 1, got {length}')
-    return length
+    return length_from(length, name='config.stablemask["length"]')
 
 
 def _gamma(gamma: Any, num_heads: int, device: torch.device) -> Tensor:
-    if gamma == "headwise":
-        return headwise_gamma(num_heads).to(device, torch.float64)
-    numbers = gamma if isinstance(gamma, tuple) else (gamma,)
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-        raise TypeError(f'config.stablemask["gamma"] must be "headwise", a number or a list of numbers, got {gamma!r}')
-    if not all(x >= 0 for x in numbers):  # nan too
-        raise ValueError(f'config.stablemask["gamma"] must be >= 0 (inf is plain causal attention), got {gamma!r}')
-    if isinstance(gamma, tuple) and len(gamma) != num_heads:
-        raise ValueError(
-            f'config.stablemask["gamma"] must have one number for each of the {num_heads} attention heads, got {len(gamma)}'
-        )
-    return torch.tensor(gamma, dtype=torch.float64, device=device)
+    return gamma_from(gamma, num_heads, name='config.stablemask["gamma"]').to(device)
 
 
 _cached_gamma = lru_cache(maxsize=64)(_gamma)

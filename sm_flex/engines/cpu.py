@@ -1,24 +1,54 @@
-"""PyTorch's flash attention for CPUs: takes grouped heads, any head dim and a bias, with or without is_causal."""
+"""PyTorch's flash attention for CPUs: takes grouped heads, any head dim, and a bias beside its causal flag."""
 
 import torch
 from torch import Tensor
 
-from sm_flex.engines import Call, Forward, Gradients, State, rows_contiguous
+from sm_flex.engines import Call, Forward, Gradients, Need, State, refuses_extras, rows_contiguous
+from sm_flex.runtime import BEFORE_2_13, cpu_flash_backward_op, cpu_flash_op
+from sm_flex.visibility.bias import flag_or_bias, mask_bias
 
-aten = torch.ops.aten
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuses(need: Need) -> str | None:
+    extras = refuses_extras(need)
+    if extras is not None:
+        return extras
+    if need.device != "cpu":
+        return f"query is on {need.q.device}"
+    if need.dropout_p:
+        return "it has no dropout"
+    if need.attn_mask is not None and need.attn_mask.requires_grad:
+        return "it gives attn_mask no gradient"
+    if need.v.shape[-1] != need.q.shape[-1]:
+        return "it wants one head dim for query and value"
+    if need.dtype == torch.float64 and torch.compiler.is_compiling() and BEFORE_2_13:
+        return "compiled in float64 it is NaN on this torch"
+    return None if need.dtype in DTYPES else f"it has no {need.dtype}"
+
+
+def causality(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
+    """Where S = T a mask goes beside the causal flag, by which the kernel skips the upper triangle."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if attn_mask is not None and num_queries == num_keys:
+        return mask_bias(attn_mask, num_queries, num_keys, q.dtype), num_queries > 1
+    return flag_or_bias(attn_mask, q, k)
 
 
 def forward(call: Call) -> Forward:
-    at = call.settings
-    q, k, v = [rows_contiguous(x) for x in (call.q, call.k, call.v)]
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, at.causal, attn_mask=call.bias, scale=at.scale)
-    return out, lse, ()
+    q, scale = with_positive_scale(call)
+    q_BHSD, k_BHTD, v_BHTD = [rows_contiguous(x) for x in (q, call.k, call.v)]
+    out_BHSD, lse_BHS = cpu_flash_op(q_BHSD, k_BHTD, v_BHTD, 0.0, call.causal, attn_mask=call.bias, scale=scale)
+    return out_BHSD, lse_BHS, ()
 
 
-def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
-    at = call.settings
-    grad_out, q, k, v = [rows_contiguous(x) for x in (grad_out, call.q, call.k, call.v)]
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, at.causal, attn_mask=call.bias, scale=at.scale
-    )
-    return dq, dk, dv, None
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, bias_grad: bool) -> Gradients:
+    q, scale = with_positive_scale(call)
+    grad_out, q, k, v = [rows_contiguous(x) for x in (grad_out, q, call.k, call.v)]
+    dq, dk, dv = cpu_flash_backward_op(grad_out, q, k, v, out, lse, 0.0, call.causal, attn_mask=call.bias, scale=scale)
+    return dq if scale == call.scale else dq * call.scale, dk, dv, None
+
+
+def with_positive_scale(call: Call) -> tuple[Tensor, float]:
+    """The op gives NaN for a scale that is not positive: then q takes it instead."""
+    return (call.q, call.scale) if call.scale > 0 else (call.q * call.scale, 1.0)

@@ -1,28 +1,34 @@
-"""StableMask in plain PyTorch, in blocks of rows: any device, any dtype, any inner score_mod, mask and dropout.
+"""StableMask in plain PyTorch, in blocks of rows: any device, dtype, inner score_mod, mask and dropout.
 
-The engine of last resort, and the only one but flex that differentiates through its log-sum-exp. Scores are float32
-(float64 for float64 inputs). Under torch.compile it is one block: a number of blocks that follows the length would
-compile anew for each.
+The engine of last resort. It differentiates through its log-sum-exp, as of the others only flex does. Scores
+are float32 (float64 for float64 inputs). Under torch.compile it is one block: a number of blocks that follows
+the length would compile anew for each length.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from sm_flex.remask import remask
-from sm_flex.visibility import VisibleRows, vmap_bhqk
+from sm_flex.engines import Need
+from sm_flex.engines.row_blocks import in_row_blocks
+from sm_flex.epilogue.remask import remask
+from sm_flex.visibility.bias import bias_block
+from sm_flex.visibility.rows import VisibleRows, vmap_bhqk
 
-# Scores held at a time, in elements.
+# How many scores are held at a time.
 BLOCK_SCORES = 1 << 19
 MIN_ROWS = 16
 
 
+def refuses(need: Need) -> str | None:
+    return "other kernel_options, and max_scores, belong to torch's flex kernels" if need.flex_options else None
+
+
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q_BHSD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
     log_mass: Tensor,
     visible: VisibleRows,
     *,
@@ -32,44 +38,33 @@ def attend(
     score_mod: Callable[..., Tensor] | None = None,
     dropout_p: float = 0.0,
     reads: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """out' (B, H, S, Dv) in q's dtype and lse' (B, H, S).
 
-    log_mass broadcasts to (B, H, S); visible(first, end) gives rows of the mask, aligned if it shows no row i a key beyond
-    i + T - S; bias broadcasts to (B, H, S, T); reads is the mask behind visible, if it is one tensor.
+    log_mass broadcasts to (B, H, S), bias to (B, H, S, T). visible(first, end) gives rows of the mask, and
+    reads is the tensor behind it, if it is one. aligned: it shows no row i a key beyond i + T - S.
     """
-    batch, heads, num_rows, _ = q.shape
-    kv_heads, num_keys = k.shape[1:3]
-    wide_v = v.to(log_mass.dtype)
-    weigh = weights_by_rows(k, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
+    batch, heads, num_rows, _ = q_BHSD.shape
+    kv_heads, num_keys = k_BHTD.shape[1:3]
+    wide_v = v_BHTD.to(log_mass.dtype)
+    weigh = weights_by_rows(k_BHTD, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
     log_mass = log_mass.expand(*log_mass.shape[:-1], num_rows)
 
-    def block(q_block: Tensor, start: int, keys: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = q_block.shape[2]
+        keys = min(max(1, start + rows + num_keys - num_rows), num_keys) if aligned else num_keys
         weights, lse = weigh(q_block, start, keys)
         if dropout_p > 0:
             weights = torch.dropout(weights, dropout_p, train=True)
         grouped = weights.reshape(batch, kv_heads, heads // kv_heads * rows, keys)
-        out = (grouped @ wide_v[:, :, :keys]).reshape(batch, heads, rows, v.shape[-1])
+        out = (grouped @ wide_v[:, :, :keys]).reshape(batch, heads, rows, v_BHTD.shape[-1])
         out, lse = remask(out, lse, log_mass[..., start : start + rows])
-        return out.to(q.dtype), lse
+        return out.to(q_BHSD.dtype), lse
 
     spans = row_blocks(batch, heads, num_rows, num_keys)
     if len(spans) == 1:
-        return block(q, 0, num_keys)
-    blocks = []
-    # split(), whose backward puts the blocks' gradients side by side; a slice's fills a whole q with zeros.
-    for (start, end), q_block in zip(spans, q.split(spans[0][1], dim=2), strict=True):
-        keys = min(max(1, end + num_keys - num_rows), num_keys) if aligned else num_keys
-        if torch.is_grad_enabled():
-            # Each block is computed again in the backward: no S x T matrix is kept. As its arguments, what it reads is
-            # saved, and one written to before the backward raises.
-            used = (start, keys, k, v, bias, reads)
-            blocks.append(checkpoint(block, q_block, *used, use_reentrant=False, preserve_rng_state=dropout_p > 0))
-        else:
-            blocks.append(block(q_block, start, keys))
-    outs, lses = zip(*blocks, strict=True)
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        return block(q_BHSD, 0)
+    return in_row_blocks(block, q_BHSD, spans[0][1], k_BHTD, v_BHTD, bias, reads, preserve_rng=dropout_p > 0)
 
 
 def row_blocks(batch: int, heads: int, num_rows: int, num_keys: int) -> list[tuple[int, int]]:
@@ -91,10 +86,10 @@ def weights_by_rows(
     bias: Tensor | None = None,
     score_mod: Callable[..., Tensor] | None = None,
 ) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
-    """(rows of q, the first of them, K) -> ordinary attention's weights (B, H, rows, K) for the first K keys, and its lse
-    (B, H, rows), before any mass.
+    """A function that computes ordinary attention's weights for a block of rows, before any mass.
 
-    A row that sees nothing has weights 0 and lse -inf.
+    It takes (rows of q, the first of them, K) and returns the weights (B, H, rows, K) of the first K keys and
+    lse (B, H, rows). A fully masked row has weights 0 and lse -inf.
     """
     batch, kv_heads = k.shape[:2]
     wide_k = k.to(dtype)
@@ -107,16 +102,15 @@ def weights_by_rows(
         grouped = (q_block.to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
         scores = (grouped @ wide_k[:, :, :keys].transpose(-1, -2)).reshape(batch, heads, rows, keys)
         if bias is not None:
-            part = bias[..., :keys] if bias.shape[-1] > 1 else bias
-            scores = scores + (part[..., start:end, :] if bias.shape[-2] > 1 else part)
+            scores = scores + bias_block(bias, start, end, keys)
         if score_mod is not None:
             b, h, kv = [torch.arange(n, device=k.device) for n in (batch, heads, keys)]
             scores = score_mod(scores, b, h, torch.arange(start, end, device=k.device), kv).to(dtype)
         scores = torch.where(visible(start, end)[..., :keys], scores, -torch.inf)
-        dead = torch.isneginf(scores).all(-1)
-        scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)
-        weights = torch.softmax(scores, dim=-1).masked_fill(dead.unsqueeze(-1), 0.0)
-        lse = torch.logsumexp(scores, dim=-1).masked_fill(dead, -torch.inf)
+        masked = torch.isneginf(scores).all(-1)
+        scores = scores.masked_fill(masked.unsqueeze(-1), 0.0)
+        weights = torch.softmax(scores, dim=-1).masked_fill(masked.unsqueeze(-1), 0.0)
+        lse = torch.logsumexp(scores, dim=-1).masked_fill(masked, -torch.inf)
         return weights, lse
 
     return weigh

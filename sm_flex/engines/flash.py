@@ -1,42 +1,49 @@
-"""FlashAttention through PyTorch's aten op, and so FA3 or FA4 once activate_flash_attention_impl has put them behind it.
-
-Causal with S != T is aligned to the end, as StableMask wants it. It takes no mask.
-"""
+"""FlashAttention through PyTorch's aten op: FA2, or FA3 or FA4 after activate_flash_attention_impl."""
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm_flex.engines import Call, Forward, Gradients, State, rows_contiguous
+from sm_flex.engines import Call, Forward, Gradients, Need, State, refuses_on_cuda, rows_contiguous
+from sm_flex.runtime import flash_backward_op, flash_op
 
-aten = torch.ops.aten
+# With a gradient of lse; the kernel takes 256.
+WIDEST_WITH_LSE_GRAD = 248
+
+
+def refuses(need: Need) -> str | None:
+    return "it takes no attn_mask" if need.attn_mask is not None else refuses_on_cuda(need, WIDEST_WITH_LSE_GRAD)
+
+
+def causality(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[None, bool]:
+    """The kernel aligns causal to the end, as StableMask wants it. A single query sees every key."""
+    return None, q.shape[2] > 1
 
 
 def forward(call: Call) -> Forward:
-    at, dim = call.settings, call.q.shape[-1]
-    q, k, v = [padded(x) for x in (call.q, call.k, call.v)]
-    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-        q, k, v, at.dropout_p, at.causal, False, scale=at.scale
+    q_BHSD, k_BHTD, v_BHTD = [padded(x) for x in (call.q, call.k, call.v)]
+    out_BHSD, lse_BHS, _, _, _, _, seed, offset, _ = flash_op(
+        q_BHSD, k_BHTD, v_BHTD, call.dropout_p, call.causal, False, scale=call.scale
     )
-    if at.may_be_dead:
-        lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
-    return unpadded(out, dim), lse, (seed, offset)
+    if call.may_be_masked:
+        lse_BHS = lse_BHS.masked_fill(lse_BHS == math.inf, -math.inf)  # FA2's lse of a fully masked row is +inf
+    return unpadded(out_BHSD, call.q.shape[-1]), lse_BHS, (seed, offset)
 
 
-def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
-    at, dim = call.settings, call.q.shape[-1]
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, bias_grad: bool) -> Gradients:
     grad_out, q, k, v, out = [padded(x) for x in (grad_out, call.q, call.k, call.v, out)]
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], at.dropout_p, at.causal, *state, scale=at.scale
+    grads = flash_backward_op(
+        *(grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2]),
+        *(call.dropout_p, call.causal, *state),
+        scale=call.scale,
     )
-    dq, dk, dv = [unpadded(x, dim) for x in grads]
+    dq, dk, dv = [unpadded(x, call.q.shape[-1]) for x in grads]
     return dq, dk, dv, None
 
 
 def padded(x: Tensor) -> Tensor:
-    """FA2 wants a head dim that is a multiple of 8; zeros change no score."""
+    """FA2 wants a head dim that is a multiple of 8. Columns of zeros change no score."""
     x = rows_contiguous(x)
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 

@@ -1,54 +1,61 @@
-"""torch's flex_attention on a GPU: any inner score_mod and BlockMask. It differentiates through its log-sum-exp, so
-remask's own backward closes the chain. As with torch's own, call it under torch.compile: eagerly it is not fused.
+"""torch's flex_attention on a GPU: any inner score_mod and BlockMask.
+
+It differentiates through its log-sum-exp, so remask's own backward closes the chain. As with torch's own,
+call it under torch.compile: eagerly it is not fused.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sm_flex.mass import Mass
-from sm_flex.remask import epilogue, remask
-from sm_flex.visibility import narrow_block_mask
+from sm_flex.engines import Need
+from sm_flex.epilogue.remask import epilogue, remask
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import BEFORE_2_14, differentiable
+from sm_flex.score_mod import StableMask
+from sm_flex.visibility.blocks import narrow_block_mask
+
+
+def refuses(need: Need) -> str | None:
+    if need.device != "cuda":
+        return f"torch's flex kernels train on CUDA only, query is on {need.q.device}"
+    if need.backend == "FLASH" and BEFORE_2_14:
+        return "its log-sum-exp is wrong by ln 2 before torch 2.14"
+    if need.empty:
+        return "it takes no empty tensor"
+    if need.attn_mask is not None:
+        return "it takes no attn_mask"
+    if need.dropout_p:
+        return "it has no dropout"
+    # Where flex is asked for by name, or by options of its own, torch says by itself what it takes.
+    asked_for = need.flex_options or need.backend != "AUTO"
+    return "it has no float64" if need.dtype == torch.float64 and not asked_for else None
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q_BHSD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    mask: StableMask,
     mass: Mass,
     *,
     scale: float,
-    score_mod: Callable[..., Tensor] | None,
     block_mask: BlockMask | None,
-    ordered: bool,
     kernel_options: dict[str, Any],
     max_scores: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out' (B, H, S, Dv), lse' (B, H, S) and, if asked for, the largest score of each row of A_SM (B, H, S)."""
-    narrowed = narrow_block_mask(block_mask, q.shape[2], k.shape[2], q.device) if ordered else block_mask
-    out, aux = flex_attention(  # pyright: ignore[reportCallIssue]
-        q, k, v, score_mod, narrowed, scale, q.shape[1] != k.shape[1],
-        kernel_options=kernel_options or None,  # pyright: ignore[reportArgumentType]
-        return_aux=AuxRequest(lse=True, max_scores=max_scores),
-    )  # fmt: skip
-    if mass.learned or (torch.is_grad_enabled() and out.requires_grad):
-        new_out, lse = remask(out, aux.lse, mass.table(torch.float32))
-    else:
-        new_out, lse = epilogue(out, aux.lse, mass, in_place=True)
-    return new_out, lse, _row_max(aux.max_scores, mass) if max_scores else None
-
-
-def _row_max(real: Tensor, mass: Mass) -> Tensor:
-    """The largest pseudo score of row p is -(p+1) gamma, wherever it has one (or the last, for a gamma below 0)."""
-    positions = mass.positions
-    if positions is None:
-        positions = torch.arange(mass.num_queries, device=real.device)
-    if positions.dim() == 2:
-        positions = positions.unsqueeze(1)
-    gamma = mass.gamma.to(real.dtype).reshape(-1, 1)
-    last = torch.where(positions < mass.length, mass.length - 1, positions + 1)
-    largest = torch.maximum(-(positions + 1) * gamma, -last * gamma)
-    return torch.maximum(real, largest.masked_fill(positions == mass.length - 1, -torch.inf))
+    """out' (B, H, S, Dv), lse' (B, H, S) and, where wanted, the largest score of each row of A_SM (B, H, S)."""
+    num_queries, num_keys, device = q_BHSD.shape[2], k_BHTD.shape[2], q_BHSD.device
+    if mask.ordered:
+        block_mask = narrow_block_mask(block_mask, num_queries, num_keys, device)
+    arguments: Any = (q_BHSD, k_BHTD, v_BHTD, mask.score_mod, block_mask, scale, q_BHSD.shape[1] != k_BHTD.shape[1])
+    options: Any = {"kernel_options": kernel_options or None, "return_aux": AuxRequest(lse=True, max_scores=max_scores)}
+    out, aux = flex_attention(*arguments, **options)
+    row_max = None
+    if max_scores:
+        row_max = torch.maximum(aux.max_scores, mask.largest_pseudo_score(device, num_queries, num_keys))
+    if differentiable(out, mass.log_mass_HS):
+        return *remask(out, aux.lse, mass.table(num_queries, torch.float32)), row_max
+    return *epilogue(out, aux.lse, mass, in_place=True), row_max

@@ -1,36 +1,46 @@
 """FlashAttention on documents packed after one another, through the op that torch's varlen_attn is made of.
 
-q, k, v are (T, H, D) as there; out and lse leave as (1, H, T, D) and (1, H, T), views of the kernel's own buffers.
+out and lse leave as (1, H, S, D) and (1, H, S), which are views of the kernel's own buffers.
 """
 
 import math
 
 import torch
-import torch.nn.attention.varlen
 from torch import Tensor
 
-from sm_flex.engines import Call, Forward, Gradients, Settings, State
-from sm_flex.engines.flash import padded, unpadded
+from sm_flex.engines import Call, Forward, Gradients, Need, State
+from sm_flex.engines.flash import WIDEST_WITH_LSE_GRAD, padded, unpadded
+from sm_flex.runtime import varlen_backward_op, varlen_op
 
 
-def forward(call: Call, **newer: object) -> Forward:
-    """newer: keywords that only newer torch has (seqused_k, block_table, num_splits), where the caller gave them."""
-    at, dim = call.settings, call.q.shape[-1]
-    q, k, v = [padded(x) for x in (call.q, call.k, call.v)]
-    out, lse, rng = torch.ops.torch_attn._varlen_attn(q, k, v, call.cu_q, call.cu_k, at.max_q, at.max_k, *_causal(at), **newer)
-    if at.may_be_dead:
-        lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf is FA2's lse of a row that sees nothing
-    return to_bhsd(unpadded(out, dim)), lse.unsqueeze(0), (rng,)
+def refuses(need: Need) -> str | None:
+    if need.empty:
+        return "it takes no empty tensor"
+    if need.device != "cuda" or need.dtype not in (torch.float16, torch.bfloat16):
+        return "it takes bf16 and fp16 on CUDA"
+    widest = WIDEST_WITH_LSE_GRAD if need.lse_grad else 256
+    return None if need.widest <= widest else f"it takes head dims up to {widest}"
 
 
-def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, want_bias: bool) -> Gradients:
-    at, dim = call.settings, call.q.shape[-1]
-    grad_out, q, k, v, out = [padded(x) for x in (to_thd(grad_out), call.q, call.k, call.v, to_thd(out))]
-    is_causal, scale, window = _causal(at)
-    grads = torch.ops.torch_attn._varlen_attn_backward(
-        grad_out, q, k, v, out, lse.squeeze(0), call.cu_q, call.cu_k, at.max_q, at.max_k, is_causal, state[0], scale, window
+def forward(call: Call, **new_keywords: object) -> Forward:
+    """new_keywords: the given ones of seqused_k, block_table and num_splits, which only newer torch has."""
+    q_SHD, k_THD, v_THD = [padded(x) for x in (call.q, call.k, call.v)]
+    documents = (call.cu_q, call.cu_k, call.max_q, call.max_k)
+    out_SHD, lse_HS, rng = varlen_op(
+        q_SHD, k_THD, v_THD, *documents, _is_causal(call), call.scale, [call.window, 0], **new_keywords
     )
-    dq, dk, dv = [unpadded(x, dim) for x in grads]
+    if call.may_be_masked:
+        lse_HS = lse_HS.masked_fill(lse_HS == math.inf, -math.inf)  # FA2's lse of a fully masked row is +inf
+    return to_bhsd(unpadded(out_SHD, call.q.shape[-1])), lse_HS.unsqueeze(0), (rng,)
+
+
+def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, bias_grad: bool) -> Gradients:
+    grad_out, q, k, v, out = [padded(x) for x in (to_thd(grad_out), call.q, call.k, call.v, to_thd(out))]
+    documents = (call.cu_q, call.cu_k, call.max_q, call.max_k)
+    grads = varlen_backward_op(
+        *(grad_out, q, k, v, out, lse.squeeze(0), *documents), _is_causal(call), state[0], call.scale, [call.window, 0]
+    )
+    dq, dk, dv = [unpadded(x, call.q.shape[-1]) for x in grads]
     return dq, dk, dv, None
 
 
@@ -42,6 +52,6 @@ def to_thd(x_1HTD: Tensor) -> Tensor:
     return x_1HTD.squeeze(0).transpose(0, 1)
 
 
-def _causal(at: Settings) -> tuple[bool, float, list[int]]:
-    """(is_causal, scale, window_size) as varlen_attn derives them."""
-    return at.window == -1, at.scale, [at.window, 0]
+def _is_causal(call: Call) -> bool:
+    """As varlen_attn derives it: a window of its own makes a row causal already."""
+    return call.window == -1

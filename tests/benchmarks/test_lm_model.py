@@ -78,7 +78,7 @@ def by_hand(layer: Attention, x: Tensor, position: str, window: int, kept: int) 
         scores = scores / q.shape[-1] ** 0.5
         if position == "alibi":
             scores = scores - headwise_gamma(HEADS)[:, None] * (len(keys) - 1 - places)
-        log_m = layer.mass(torch.tensor([i])).mass(CPU, 1, 1).table(torch.float32)
+        log_m = layer.mass(torch.tensor([i])).mass(CPU, 1, 1, torch.float32).table(1, torch.float32)
         weights = torch.softmax(torch.cat([scores, log_m.expand(HEADS, 1)], dim=1), dim=1)[:, :-1]
         rows.append(torch.einsum("hk,khd->hd", weights, v[keys]).flatten())
     return layer.out(torch.stack(rows))
@@ -117,7 +117,7 @@ def test_shares_and_maps_by_hand(name: str, position: str, folder: Path) -> None
         if position == "alibi":
             scores = scores - headwise_gamma(HEADS)[:, None, None] * (places[:, None] - places)
         scores = scores.masked_fill(places > places[:, None], -math.inf)
-        log_m = layer.mass(places).mass(CPU, len(places), len(places)).table(torch.float32)
+        log_m = layer.mass(places).mass(CPU, len(places), len(places), torch.float32).table(len(places), torch.float32)
         columns = torch.cat([scores, log_m.expand(2, HEADS, len(places)).unsqueeze(-1)], dim=-1)
         expected = torch.softmax(columns, dim=-1)[..., :-1]
     torch.testing.assert_close(map_RHSS, expected, rtol=1e-4, atol=1e-5)

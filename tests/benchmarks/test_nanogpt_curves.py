@@ -63,7 +63,7 @@ def test_the_verdict_pairs_the_seeds_and_keeps_losses_in() -> None:
         ([str(STAND_IN), "--steps", "7"], "--steps must be at least 8, got 7"),
         ([str(STAND_IN), "--seeds", "0"], "--seeds must be at least 1, got 0"),
         ([str(STAND_IN), "--gamma", "steep"], "--gamma must be headwise"),
-        ([str(STAND_IN), "--gamma", "1,2"], "one number for each of the 3 heads, got 2"),
+        ([str(STAND_IN), "--gamma", "1,2"], "one number for each of the model's 3 query heads, got 2"),
         ([str(STAND_IN), "--text", "nowhere"], "no such file or folder"),
     ],
 )

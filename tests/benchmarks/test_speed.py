@@ -11,7 +11,8 @@ from benchmarks.speed import cases, cli, targets, timing, variants
 from benchmarks.speed.cases import Case
 from benchmarks.speed.check import error_of
 from sm_flex import stablemask
-from sm_flex.engines import rule
+from sm_flex.engines import choose
+from sm_flex.runtime import BEFORE_2_14
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"head_dim": 16, "heads": 2, "kv_heads": 1, "dtype": "fp32", "threads": 1}
@@ -190,8 +191,8 @@ def test_the_plans_name_what_the_library_knows() -> None:
         assert case.heads % case.kv_heads == 0
         assert sum(cases.document_lengths(case)) == case.batch * case.length
         assert case.dtype in cases.DTYPES
-        assert "flex FLASH" not in case.engines or not rule.BEFORE_2_14
-    assert set(cases.BACKEND_OF.values()) <= set(rule.BACKENDS)
+        assert "flex FLASH" not in case.engines or not BEFORE_2_14
+    assert set(cases.BACKEND_OF.values()) <= set(choose.BACKENDS)
     tokens = {case.batch * case.length for case in cases.gpu_plan() if case.group == "attention"}
     assert tokens == {cases.GPU_TOKENS}
     for plan in (cases.gpu_plan(), cases.cpu_plan()):

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     "heads": ((Q[:, :3], K, MASK), {}, ValueError, "query heads must be a multiple of key heads, got 3 and 2"),
     "head dim": ((Q, K[..., :5], MASK), {}, ValueError, "key must have the head dim of query, 8, got 5"),
     "dtype": ((Q, K.double(), MASK), {}, ValueError, "key must have the dtype of query"),
-    "gamma of 3 heads": ((Q, K, stablemask(torch.rand(3))), {}, ValueError, "gamma must have one rate for each of the 4"),
+    "gamma of 3 heads": ((Q, K, stablemask(torch.rand(3))), {}, ValueError, "gamma must have one value for each of the 4"),
     "positions missing": ((Q[:, :, :3], K, MASK), {}, ValueError, "positions are required where query and key lengths differ"),
     "scale": ((Q, K, MASK), {"scale": "1"}, TypeError, "scale must be a number or None, got str"),
     "visible list": ((Q, K, MASK), {"visible": [True]}, TypeError, "visible must be a boolean tensor, a BlockMask .*got list"),

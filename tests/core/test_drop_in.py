@@ -159,8 +159,8 @@ def test_results_have_the_shapes_of_torchs():
 
 def test_public_names():
     assert set(sm_flex.__all__) == {
-        "StableMask", "flex_attention", "headwise_gamma", "log_mass", "remask", "scaled_dot_product_attention", "stablemask",
-        "varlen_attn",
+        "ScoreMod", "StableMask", "flex_attention", "gamma_from", "headwise_gamma", "length_from", "log_mass", "remask",
+        "scaled_dot_product_attention", "stablemask", "varlen_attn",
     }  # fmt: skip
     for name in sm_flex.__all__:
         assert getattr(sm_flex, name).__doc__

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
-from sm_flex import dispatch, flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.engines import dense
+from sm_flex import flex_attention, log_mass, remask, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex.engines import cpu_chunks, dense
 from sm_flex.testing import assert_matches_eq11, assert_within_error_budget, oracle
 from sm_flex.testing.gradients import outputs_and_gradients
-from sm_flex.visibility import narrow_block_mask
+from sm_flex.visibility.blocks import narrow_block_mask
 from tests.helpers.problems import DTYPES, packed, qkv, unpacked
 
 CPU = torch.device("cpu")
@@ -155,9 +155,10 @@ def test_fake_tensors_are_not_kept():
     mask = stablemask(0.5, length=9)
     with FakeTensorMode(allow_non_fake_inputs=True):
         narrow_block_mask(None, 80, 80, CPU)
-        mask.mass(torch.device("meta"), 9, 9)
+        mask.mass(torch.device("meta"), 9, 9, torch.float32)
     assert type(narrow_block_mask(None, 80, 80, CPU).kv_indices) is Tensor
-    assert type(mask.mass(torch.device("meta"), 9, 9).gamma) is Tensor
+    mass = mask.mass(torch.device("meta"), 9, 9, torch.float32)
+    assert type(mass.log_mass_HS) is Tensor
 
 
 def test_a_block_mask_with_a_new_mask_mod_is_narrowed_anew():
@@ -201,7 +202,7 @@ def test_head_dim_of_zero():
 @pytest.mark.parametrize("what", ["key", "value", "attn_mask", "positions", "gamma", "sink"])
 def test_what_changes_before_the_backward_of_row_blocks(path: str, what: str, monkeypatch: pytest.MonkeyPatch):
     """Row blocks are computed again in the backward: from what the forward saw, or autograd's own error says what was changed."""
-    monkeypatch.setattr(dispatch, "ROWS", 4)
+    monkeypatch.setattr(cpu_chunks, "ROWS", 4)
     monkeypatch.setattr(dense, "BLOCK_SCORES", 1)
     monkeypatch.setattr(dense, "MIN_ROWS", 4)
     q, k, v = qkv(1, 2, 2, 9, 13, 8)

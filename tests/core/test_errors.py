@@ -66,10 +66,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gamma complex tensor": (make(torch.tensor(1j)), TypeError, "gamma must be a floating tensor"),
     "gamma int beyond floats": (make(10**400), ValueError, "gamma must be a float64 or inf, got an int of 401 digits"),
     "gamma 2-D": (make(torch.rand(4, 1)), ValueError, r"gamma must be 0-d or \(H,\).*\(4, 1\)"),
-    "gamma empty": (make(torch.rand(0)), ValueError, "gamma must hold at least one rate"),
+    "gamma empty": (make(torch.rand(0)), ValueError, "gamma must hold at least one value"),
     "gamma negative tensor": (make(torch.tensor([0.1, -0.1])), ValueError, "gamma must be >= 0, got -0.1"),
     "gamma NaN tensor": (make(torch.tensor(math.nan)), ValueError, "gamma must not be NaN"),
-    "gamma of 3 heads for 4": (flex(torch.rand(3)), ValueError, "gamma must have one rate for each of the 4 query heads, got 3"),
+    "gamma of 3 heads for 4": (flex(torch.rand(3)), ValueError, "gamma must have one value for each of the 4 query heads, got 3"),
     "gamma of the key heads": (flex(torch.rand(2), k=K2, v=K2, enable_gqa=True), ValueError, "gamma .* 4 query heads, got 2"),
     "gamma elsewhere": (flex(torch.rand(4, device="meta")), ValueError, "gamma must be on the device of query, cpu, got meta"),
     # length

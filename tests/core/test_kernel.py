@@ -3,18 +3,21 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
-from sm_flex import remask_kernel as rk
-from sm_flex.mass import Mass
-from sm_flex.share import shares
+from sm_flex.epilogue import kernel as rk
+from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.mass.table import Mass
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -24,21 +27,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, in_place: bool) -> tuple[Tensor, Tensor]:
+def launch(out: Tensor, lse: Tensor, mass: Mass, in_place: bool) -> tuple[Tensor, Tensor]:
     """The kernel on poisoned buffers; in place it works on a copy of out with out's strides."""
     new_lse = torch.full_like(lse, math.nan)
     new_out = torch.full_like(out, math.nan)
     if in_place:
         new_out = new_out.copy_(out)
-    args = (mass.gamma, mass.positions, mass.cu_seqlens, mass.length) if isinstance(mass, Mass) else (None, None, None, 0)
-    table = None if isinstance(mass, Mass) else mass
-    rk._launch(rk.remask_kernel, new_out if in_place else out, new_out, lse, new_lse, table, *args, in_place)
+    rk._launch(rk.remask_kernel, new_out if in_place else out, new_out, lse, new_lse, mass, in_place=in_place)
     return new_out, new_lse
 
 
-def check(out: Tensor, lse: Tensor, mass: Tensor | Mass, in_place: bool) -> None:
-    table = mass.table(torch.float32) if isinstance(mass, Mass) else mass
-    share, expected_lse = shares(lse, table)
+def check(out: Tensor, lse: Tensor, mass: Mass, in_place: bool) -> None:
+    share, expected_lse = real_share_and_lse(lse, mass.table(lse.shape[-1], torch.float32))
     new_out, new_lse = launch(out, lse, mass, in_place)
     torch.testing.assert_close(new_lse, expected_lse, rtol=3e-6, atol=3e-6, equal_nan=True)
     # Triton's interpreter truncates float32 to bf16: one ulp, not half of one.
@@ -57,16 +57,16 @@ def problem(rows: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 MASSES = {
-    "a number": lambda s: Mass(torch.tensor(0.5, dtype=torch.float64), None, None, s + 7, s),
-    "one per head": lambda s: Mass(torch.tensor([0.0, 0.01, 2.0]), None, None, s, s),
-    "extreme gammas": lambda s: Mass(torch.tensor([1e-8, INF, 1e4]), None, None, s + 100, s),
-    "a little below 0": lambda s: Mass(torch.tensor([-1e-4, 0.3, 3e38]), None, None, max(1, s // 2), s),
-    "positions (S,)": lambda s: Mass(torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (s,)), None, 200, s),
-    "positions (B, S)": lambda s: Mass(torch.tensor(0.1), torch.randint(0, 400, (2, s)), None, 200, s),
+    "a number": lambda s: Mass(None, torch.tensor(0.5, dtype=torch.float64), None, None, s + 7),
+    "one per head": lambda s: Mass(None, torch.tensor([0.0, 0.01, 2.0]), None, None, s),
+    "extreme gammas": lambda s: Mass(None, torch.tensor([1e-8, INF, 1e4]), None, None, s + 100),
+    "a little below 0": lambda s: Mass(None, torch.tensor([-1e-4, 0.3, 3e38]), None, None, max(1, s // 2)),
+    "positions (S,)": lambda s: Mass(None, torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (s,)), None, 200),
+    "positions (B, S)": lambda s: Mass(None, torch.tensor(0.1), torch.randint(0, 400, (2, s)), None, 200),
     "documents": lambda s: Mass(
-        torch.tensor(0.1), None, torch.tensor([0, 0, s // 3, s // 2, s // 2, s], dtype=torch.int32), s + 1, s
+        None, torch.tensor(0.1), None, torch.tensor([0, 0, s // 3, s // 2, s // 2, s], dtype=torch.int32), s + 1
     ),
-    "one document": lambda s: Mass(torch.tensor(0.1), None, torch.tensor([0, s]), s, s),
+    "one document": lambda s: Mass(None, torch.tensor(0.1), None, torch.tensor([0, s]), s),
 }
 
 
@@ -87,14 +87,14 @@ def test_log_mass_from_a_table(shape: tuple[int, ...], in_place: bool):
     out, lse = problem(67, 40, torch.bfloat16)
     table = torch.randn(shape, device=DEVICE)
     table[..., 5] = -INF
-    check(out, lse, table, in_place)
+    check(out, lse, Mass(table), in_place)
 
 
 def test_nan_and_infinity_spread_and_no_further():
     out, lse = problem(37, 8, torch.float32)
     lse[0, 0, 3], lse[0, 0, 4], out[0, 0, 5, 0], out[0, 0, 6, 0] = math.nan, INF, math.nan, INF
     for in_place in (False, True):
-        new_out, new_lse = launch(out, lse, torch.zeros(1, 37, device=DEVICE), in_place)
+        new_out, new_lse = launch(out, lse, Mass(torch.zeros(1, 37, device=DEVICE)), in_place)
         assert new_lse[0, 0, 3].isnan()
         assert new_out[0, 0, 3].isnan().all()
         assert new_lse[0, 0, 4] == INF
@@ -132,7 +132,6 @@ def test_a_skipped_row_would_not_have_changed(dtype: torch.dtype, log_m: float):
     """One row to a tile, as if every row were judged alone: rows left alone are those whose product rounds to themselves."""
     lse = lse_around_the_bound(dtype, log_m)
     out = values_of(dtype).expand(len(lse), -1).contiguous()
-    share, _ = shares(lse, torch.full((1,), log_m))
     share = 1 / (1 + torch.exp(torch.tensor(log_m) - lse))  # as the kernel computes it
     skipped = 1 - share < rk.HALF_ULP[dtype]
     rounded = (out.float() * share.unsqueeze(-1)).to(dtype)  # PyTorch rounds to nearest, as a GPU does
@@ -159,9 +158,9 @@ def test_saturated_tiles_are_not_written():
     out = torch.randn(1, 1, rows, 32).to(torch.bfloat16).to(DEVICE)
     lse = torch.full((1, 1, rows), math.log(2**10 - 1), device=DEVICE)
     table = torch.zeros(1, rows, device=DEVICE)
-    assert torch.equal(launch(out, lse, table, True)[0], out)
+    assert torch.equal(launch(out, lse, Mass(table), True)[0], out)
     if DEVICE == "cpu":
-        assert not torch.equal(launch(out, lse, table, False)[0], out)
+        assert not torch.equal(launch(out, lse, Mass(table), False)[0], out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +170,7 @@ def test_one_unsaturated_row_wakes_its_tile(dtype: torch.dtype):
     lse = torch.full((1, 1, rows), 60.0, device=DEVICE)
     wake = rows // 2 + 3
     lse[0, 0, wake] = 0.0
-    new_out, new_lse = launch(out, lse, torch.zeros(1, rows, device=DEVICE), True)
+    new_out, new_lse = launch(out, lse, Mass(torch.zeros(1, rows, device=DEVICE)), True)
     others = torch.arange(rows, device=DEVICE) != wake
     assert torch.equal(new_out[:, :, others], out[:, :, others])
     torch.testing.assert_close(new_out[0, 0, wake].float(), out[0, 0, wake].float() / 2, rtol=1e-2, atol=0)
@@ -209,8 +208,8 @@ def test_opcheck_of_packed_documents_on_a_cpu():
 
 def test_the_ops_are_the_plain_formula():
     out, lse = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17)
-    mass = Mass(torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20, 17)
-    share, expected = shares(lse, mass.table(torch.float32))
+    mass = Mass(None, torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20)
+    share, expected = real_share_and_lse(lse, mass.table(17, torch.float32))
     new_out, new_lse = torch.ops.sm_flex.remask(out, lse, None, mass.gamma, mass.positions, None, 20)
     torch.testing.assert_close(new_out, out * share.unsqueeze(-1))
     torch.testing.assert_close(new_lse, expected)
@@ -242,8 +241,8 @@ def test_a_plain_eager_launch_goes_past_the_ops(in_place: bool, monkeypatch: pyt
         op = getattr(rk, name)
         monkeypatch.setattr(rk, name, lambda *args, name=name, op=op: called.append(name) or op(*args))
     out, lse = problem(37, 24, torch.float32)
-    mass = Mass(torch.tensor([0.3, 0.1, 0.0]).to(DEVICE), None, None, 40, 37)
-    share, expected_lse = shares(lse, mass.table(torch.float32))
+    mass = Mass(None, torch.tensor([0.3, 0.1, 0.0]).to(DEVICE), None, None, 40)
+    share, expected_lse = real_share_and_lse(lse, mass.table(37, torch.float32))
     kept = out.clone()
     new_out, new_lse = rk.launch(out, lse, mass, in_place=in_place)
     assert not called
@@ -254,3 +253,27 @@ def test_a_plain_eager_launch_goes_past_the_ops(in_place: bool, monkeypatch: pyt
     with FlopCounterMode(display=False):
         rk.launch(kept, lse, mass, in_place=in_place)
     assert called == ["remask_in_place_op" if in_place else "remask_op"]
+
+
+def test_the_shape_of_a_tile_is_never_symbolic(monkeypatch: pytest.MonkeyPatch):
+    """Under dynamic shapes the head dim may be a symbol, whose next power of two sympy would not stop looking for."""
+    shapes: list[tuple[int, int]] = []
+    block_shape = rk.block_shape
+
+    def of_a_number(head_dim: int, itemsize: int) -> tuple[int, int]:
+        assert type(head_dim) is int
+        shapes.append(block_shape(head_dim, itemsize))
+        return shapes[-1]
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[Any, Any]) -> Callable[..., None]:
+            return lambda *args, **constants: None
+
+    def launch(out: Tensor, lse: Tensor, table: Tensor) -> Tensor:
+        assert isinstance(out.shape[3], torch.SymInt)
+        rk._launch(Kernel(), out, out, lse, lse, Mass(table), in_place=True)
+        return lse
+
+    monkeypatch.setattr(rk, "block_shape", of_a_number)
+    make_fx(launch, tracing_mode="symbolic")(torch.empty(2, 3, 37, 24), torch.empty(2, 3, 37), torch.empty(1, 37))
+    assert shapes == [block_shape(24, 4)]

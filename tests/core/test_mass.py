@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 
 import sm_flex
 from sm_flex import headwise_gamma, log_mass, stablemask
-from sm_flex.mass import Mass
+from sm_flex.mass.closed_form import log_mass_table
+from sm_flex.mass.table import cached_table
 
 GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
 LENGTHS = [1, 2, 5, 100, 131072]
@@ -126,7 +127,7 @@ def test_a_number_is_rounded_once():
 def test_packed_documents_start_again():
     gamma = torch.tensor([0.5, 0.1], dtype=torch.float64)
     cu = torch.tensor([0, 3, 3, 10, 11], dtype=torch.int32)
-    packed = Mass(gamma, None, cu, 20, 11).table(torch.float64)
+    packed = log_mass_table(gamma, None, cu, None, 20, 11, torch.float64)
     alone = [log_mass(gamma, torch.arange(n), 20) for n in (3, 7, 1)]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=0)
 
@@ -172,33 +173,33 @@ def test_a_stablemask_survives_pickling():
     assert again.length == 7
 
 
-def mass_of(gamma: Tensor, positions: Tensor | None, length: int = 50, num_queries: int = 7) -> Mass:
-    return Mass(gamma, positions, None, length, num_queries)
+def shared(gamma: Tensor, positions: Tensor | None, dtype: torch.dtype, length: int = 50) -> Tensor:
+    return cached_table(gamma, positions, None, None, length, 7, dtype)
 
 
 def test_a_shared_table_is_found_again_by_value_and_by_nothing_else() -> None:
     gamma, positions = torch.tensor([0.5, 0.125]), torch.arange(7)
-    first = mass_of(gamma, positions).shared_table(torch.float32)
-    assert mass_of(gamma.clone(), positions.clone()).shared_table(torch.float32) is first
+    first = shared(gamma, positions, torch.float32)
+    assert shared(gamma.clone(), positions.clone(), torch.float32) is first
     with torch.inference_mode():
-        assert mass_of(gamma, positions).shared_table(torch.float32) is first
+        assert shared(gamma, positions, torch.float32) is first
     others = [
-        mass_of(gamma.double(), positions).shared_table(torch.float32),
-        mass_of(gamma, positions, length=51).shared_table(torch.float32),
-        mass_of(gamma, positions + 1).shared_table(torch.float32),
-        mass_of(gamma, None).shared_table(torch.float32),
-        mass_of(gamma, positions).shared_table(torch.float64),
+        shared(gamma.double(), positions, torch.float32),
+        shared(gamma, positions, torch.float32, length=51),
+        shared(gamma, positions + 1, torch.float32),
+        shared(gamma, None, torch.float32),
+        shared(gamma, positions, torch.float64),
     ]
     assert all(other is not first for other in others)
 
 
 def test_a_gamma_or_positions_changed_in_place_are_noticed() -> None:
     gamma, positions = torch.tensor([0.5, 0.25]), torch.arange(7)
-    before = mass_of(gamma, positions).shared_table(torch.float64)
+    before = shared(gamma, positions, torch.float64)
     gamma.data.fill_(0.125)  # which even the version of a tensor does not show
     positions.data.add_(3)
-    after = mass_of(gamma, positions).shared_table(torch.float64)
-    torch.testing.assert_close(after, mass_of(gamma, positions).table(torch.float64), rtol=0, atol=0)
+    after = shared(gamma, positions, torch.float64)
+    torch.testing.assert_close(after, log_mass_table(gamma, positions, None, None, 50, 7, torch.float64), rtol=0, atol=0)
     assert not torch.equal(after, before)
 
 
@@ -221,7 +222,7 @@ def test_what_log_mass_returns_may_be_written_to() -> None:
 
 def test_a_learned_gamma_has_its_own_table() -> None:
     gamma = torch.tensor([0.5, 0.25], requires_grad=True)
-    tables = [mass_of(gamma, None).shared_table(torch.float64) for _ in range(2)]
+    tables = [shared(gamma, None, torch.float64) for _ in range(2)]
     assert tables[0] is not tables[1]
     assert tables[1].requires_grad
 
@@ -232,8 +233,8 @@ def test_threads_that_share_the_tables() -> None:
     def ask(thread: int) -> None:
         for i in range(200):
             gamma = torch.tensor([0.5, thread + i % 7 + 0.25])
-            table = mass_of(gamma, None).shared_table(torch.float64)
-            assert torch.equal(table, mass_of(gamma, None).table(torch.float64))
+            table = shared(gamma, None, torch.float64)
+            assert torch.equal(table, log_mass_table(gamma, None, None, None, 50, 7, torch.float64))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sm_flex import log_mass, remask
-from sm_flex.remask import log_mass_grad
+from sm_flex.epilogue.remask import log_mass_grad
 from sm_flex.testing import oracle
 
 INF = math.inf

@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 from torch.nn.attention.varlen import AuxRequest as VarlenAuxRequest
 
 from sm_flex import flex_attention, headwise_gamma, log_mass, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.mass import Mass
-from sm_flex.remask import epilogue
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.epilogue.remask import epilogue
+from sm_flex.mass.closed_form import log_mass_table
 from sm_flex.testing import assert_matches_eq11, oracle
 from sm_flex.testing.gradients import Attention, outputs_and_gradients
 from tests.helpers.problems import documents, packed, qkv, unpacked
@@ -204,12 +204,16 @@ def test_a_copy_keeps_the_sink(copied: Callable[[Any], Any]):
 def test_the_epilogue_takes_the_table_where_the_kernel_would_not_know_of_the_sink():
     """Every way into the epilogue with a Mass (torch's flex without a gradient, a paged cache) has the sink in it."""
     out, lse = torch.randn(2, HEADS, 5, 8), torch.randn(2, HEADS, 5)
-    mass = Mass(headwise_gamma(HEADS), None, None, LENGTH, 5, a_sink())
-    share, expected = shares(lse, mass.table(torch.float32))
+    mask = stablemask(headwise_gamma(HEADS), length=LENGTH, sink=a_sink())
+    mass = mask.mass(out.device, 5, 5, torch.float32)
+    table = log_mass_table(headwise_gamma(HEADS), None, None, a_sink(), LENGTH, 5, torch.float32)
+    share, expected = real_share_and_lse(lse, table)
+    assert expected is not None
     new_out, new_lse = epilogue(out, lse, mass, in_place=False)
     torch.testing.assert_close(new_lse, expected)
     torch.testing.assert_close(new_out, out * share.unsqueeze(-1))
-    assert not torch.allclose(expected, shares(lse, mass._replace(sink=None).table(torch.float32))[1])
+    without = log_mass_table(headwise_gamma(HEADS), None, None, None, LENGTH, 5, torch.float32)
+    assert not torch.allclose(expected, torch.logaddexp(lse, without))
 
 
 @pytest.mark.gpu

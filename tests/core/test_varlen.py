@@ -61,7 +61,7 @@ def test_varlen_decodes_against_a_cache():
 
 def test_varlen_dense_engine_agrees(monkeypatch: pytest.MonkeyPatch):
     """The mask of packed documents that serves devices and dtypes without a varlen kernel."""
-    from sm_flex.engines import rule
+    from sm_flex.engines import choose
 
     cu_q, cu_k = torch.tensor([0, 4, 4, 9]).int(), torch.tensor([0, 6, 8, 13]).int()
     positions = torch.arange(9)
@@ -76,5 +76,5 @@ def test_varlen_dense_engine_agrees(monkeypatch: pytest.MonkeyPatch):
         return out
 
     expected = run()
-    monkeypatch.setattr(rule, "choose_packed", lambda *args: "dense")
+    monkeypatch.setattr(choose, "candidates", lambda need: ["dense"])
     torch.testing.assert_close(run(), expected)

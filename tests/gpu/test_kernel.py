@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sm_flex.mass import Mass
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.mass.table import Mass
 from sm_flex.testing import assert_within_error_budget
 from tests.helpers.gpu import DEVICE, name_of
 
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
-from sm_flex.remask_kernel import HALF_ULP, block_shape, launch
+from sm_flex.epilogue.kernel import HALF_ULP, block_shape, launch
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -21,21 +21,20 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 BATCH, HEADS, ROWS = 2, 3, 263
 
 MASSES = {
-    "a number": lambda: Mass(torch.tensor(0.05, dtype=torch.float64), None, None, ROWS + 7, ROWS),
-    "one per head": lambda: Mass(torch.tensor([0.0, 2**-8, 0.9]), None, None, ROWS, ROWS),
-    "shorter than the rows": lambda: Mass(torch.tensor([0.0, 2**-8, 0.9]), None, None, 101, ROWS),
-    "positions (S,)": lambda: Mass(torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (ROWS,)), None, 200, ROWS),
-    "positions (B, S)": lambda: Mass(torch.tensor(0.1), torch.randint(0, 400, (BATCH, ROWS)).int(), None, 200, ROWS),
-    "every other position": lambda: Mass(torch.tensor(0.1), torch.arange(2 * ROWS)[::2], None, 400, ROWS),
-    "documents": lambda: Mass(torch.tensor(0.1), None, torch.tensor([0, 0, 87, 131, 131, ROWS]).int(), ROWS + 1, ROWS),
-    "one document": lambda: Mass(torch.tensor(0.1), None, torch.tensor([0, ROWS]), ROWS, ROWS),
+    "a number": lambda: Mass(None, torch.tensor(0.05, dtype=torch.float64), None, None, ROWS + 7),
+    "one per head": lambda: Mass(None, torch.tensor([0.0, 2**-8, 0.9]), None, None, ROWS),
+    "shorter than the rows": lambda: Mass(None, torch.tensor([0.0, 2**-8, 0.9]), None, None, 101),
+    "positions (S,)": lambda: Mass(None, torch.tensor([0.1, 0.3, 0.5]), torch.randint(0, 400, (ROWS,)), None, 200),
+    "positions (B, S)": lambda: Mass(None, torch.tensor(0.1), torch.randint(0, 400, (BATCH, ROWS)).int(), None, 200),
+    "every other position": lambda: Mass(None, torch.tensor(0.1), torch.arange(2 * ROWS)[::2], None, 400),
+    "documents": lambda: Mass(None, torch.tensor(0.1), None, torch.tensor([0, 0, 87, 131, 131, ROWS]).int(), ROWS + 1),
+    "one document": lambda: Mass(None, torch.tensor(0.1), None, torch.tensor([0, ROWS]), ROWS),
 }
 
 
 def mass_of(name: str) -> Mass:
     mass = MASSES[name]()
-    positions, cu_seqlens = (None if x is None else x.to(DEVICE) for x in (mass.positions, mass.cu_seqlens))
-    return mass._replace(gamma=mass.gamma.to(DEVICE), positions=positions, cu_seqlens=cu_seqlens)
+    return Mass(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in mass))  # pyright: ignore
 
 
 def problem(dim: int, dtype: torch.dtype, layout: str = "BSHD") -> tuple[Tensor, Tensor]:
@@ -61,11 +60,13 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(BITS[x.dtype])
 
 
-def assert_right(out: Tensor, lse: Tensor, mass: Mass | Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+def assert_right(out: Tensor, lse: Tensor, mass: Mass, new_out: Tensor, new_lse: Tensor) -> None:
     """new_out and new_lse against the formula in float64, with the error of the formula in the dtype as the yardstick."""
 
     def formula(dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        share, log_sum = shares(lse.to(dtype), mass.table(dtype) if isinstance(mass, Mass) else mass.to(dtype))
+        log_mass = mass.table(lse.shape[-1], dtype).to(dtype)
+        share, log_sum = real_share_and_lse(lse.to(dtype), log_mass)
+        assert log_sum is not None
         return out.to(out_dtype) * share.unsqueeze(-1).to(out_dtype), log_sum
 
     reference, reference_lse = formula(torch.float64, torch.float64)
@@ -74,7 +75,7 @@ def assert_right(out: Tensor, lse: Tensor, mass: Mass | Tensor, new_out: Tensor,
     assert_within_error_budget(new_lse, reference_lse, plain_lse, "lse", lse=reference_lse)
 
 
-def both_ways(out: Tensor, lse: Tensor, mass: Mass | Tensor) -> tuple[Tensor, Tensor]:
+def both_ways(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     """launch out of place, and in place on a copy with the same strides, which must not differ by a bit."""
     kept = same_strides(out), same_strides(lse)
     new_out, new_lse = launch(out, lse, mass, in_place=False)
@@ -111,7 +112,7 @@ def test_log_mass_from_a_table(shape: tuple[int, ...], dtype: torch.dtype):
     out, lse = problem(64, dtype)
     table = torch.randn(shape, device=DEVICE)
     table[..., 5] = -math.inf
-    assert_right(out, lse, table, *both_ways(out, lse, table))
+    assert_right(out, lse, Mass(table), *both_ways(out, lse, Mass(table)))
 
 
 @pytest.mark.parametrize("name", ["a number", "positions (B, S)", "documents"])
@@ -165,7 +166,7 @@ def test_skipping_changes_no_bit(dtype: torch.dtype):
     lse = torch.stack([lse, awake]).unsqueeze(0)
     out = values.to(DEVICE).expand(1, 2, lse.shape[-1], -1).contiguous()
     table = torch.zeros(1, lse.shape[-1], device=DEVICE)
-    new_out, _ = both_ways(out, lse, table)
+    new_out, _ = both_ways(out, lse, Mass(table))
     changed = (bits(new_out) != bits(out)).any(-1)
     # Far below the bound rows change, far above it none does, and a row with s = 1/2 does.
     far = slice(-3 * rows, -2 * rows), slice(-2 * rows, None)
@@ -188,16 +189,16 @@ def test_saturated_tiles_are_not_written(dtype: torch.dtype):
     kept = bits(out).clone()
     lse = torch.full((1, 1, total), 60.0, device=DEVICE)
     table = torch.zeros(1, total, device=DEVICE)
-    computed, _ = launch(out, lse, table, in_place=False)
+    computed, _ = launch(out, lse, Mass(table), in_place=False)
     assert computed.isnan().all()
     assert (bits(computed) != kept).all(), "a product keeps the payload on this GPU: the test below would show nothing"
 
-    _, new_lse = launch(out, lse, table, in_place=True)
+    _, new_lse = launch(out, lse, Mass(table), in_place=True)
     assert torch.equal(bits(out), kept)
     assert torch.equal(new_lse, lse)
 
     lse[0, 0, 2 * rows + 3] = 0.0
-    _, new_lse = launch(out, lse, table, in_place=True)
+    _, new_lse = launch(out, lse, Mass(table), in_place=True)
     written = (bits(out) != kept).all(-1)[0, 0]
     assert written[2 * rows : 3 * rows].all()
     assert written.sum() == rows

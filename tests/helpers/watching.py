@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sm_flex import identity
+from sm_flex.engines import autograd
 
 
 class Operations(TorchDispatchMode):
@@ -24,9 +24,9 @@ class Operations(TorchDispatchMode):
 
 @contextmanager
 def engines_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The engines that identity.attend was given; dense and flex do without it."""
+    """The engines that autograd.attend was given; dense and flex do without it."""
     names: list[str] = []
-    attend = identity.attend
+    attend = autograd.attend
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
+        patch.setattr(autograd, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
         yield names

@@ -122,14 +122,14 @@ def test_varlen():
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_torchs_choice_is_made_when_traced(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch):
     """The way CUDA calls choose, walked on a CPU: lengths stay dynamic, a constant answers."""
-    from sm_flex.engines import rule
+    from sm_flex.engines import Need, choose, torch_choice
 
     flash = SDPBackend.FLASH_ATTENTION.value
 
-    def through_torchs_choice(q: Tensor, v: Tensor, attn_mask: Tensor | None, need: rule.Need) -> str:
-        return "cpu" if rule._torch_choice(q, v, v, attn_mask, need) == flash else "dense"
+    def through_torchs_choice(need: Need) -> list[str]:
+        return ["cpu" if torch_choice.torchs_choice(need) == flash else "dense"]
 
-    monkeypatch.setattr(rule, "_on_cpu", through_torchs_choice)
+    monkeypatch.setattr(choose, "candidates", through_torchs_choice)
     before = counters["stats"]["unique_graphs"]
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for length in LENGTHS:

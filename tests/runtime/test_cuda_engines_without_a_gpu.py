@@ -1,6 +1,6 @@
 """What can be known of the CUDA engines on a machine without one: that their calls fit torch's ops, and who is chosen."""
 
-import sys
+import math
 from typing import Any
 
 import pytest
@@ -12,10 +12,15 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sm_flex import identity
-from sm_flex.engines import Call, Settings, rule
+from sm_flex.engines import Call, Need, autograd, choose, efficient, torch_choice
+from sm_flex.epilogue import remask as epilogue_module
+from sm_flex.mass.closed_form import largest_pseudo_score
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import HAS_TRITON
+from sm_flex.score_mod import stablemask
 from sm_flex.testing import assert_matches_eq11, oracle
-from sm_flex.visibility import block_mask_rows, causal_rows, narrow_block_mask
+from sm_flex.visibility.blocks import narrow_block_mask
+from sm_flex.visibility.rows import block_mask_rows, causal_rows
 from tests.helpers.problems import qkv
 
 CUDA = "cuda"
@@ -45,8 +50,8 @@ def test_calls_fit_the_ops(engine: str, with_bias: bool, dim: int):
     with FakeTensorMode(), torch.no_grad():
         q, k, v = fake(2, 6, 37, dim), fake(2, 3, 37, dim), fake(2, 3, 37, dim)
         bias = fake(1, 6, 37, 37) if with_bias else None
-        call = Call(q, k, v, bias, None, None, Settings(not with_bias, 0.1, may_be_dead=True))
-        module = identity.ENGINES[engine]
+        call = Call(q, k, v, bias, None, None, not with_bias, 0.1, may_be_masked=True)
+        module = autograd.KERNELS[engine]
         out, lse, state = module.forward(call)
         assert out.shape == q.shape
         assert lse.shape == q.shape[:3]
@@ -56,9 +61,9 @@ def test_calls_fit_the_ops(engine: str, with_bias: bool, dim: int):
         for grad, x in zip(grads, (q, k, v, bias if want_bias else None), strict=True):
             assert (grad is None) == (x is None)
             assert grad is None or x is None or grad.shape == x.shape
-        wide, grad_out, wide_out = identity._widened(call, torch.empty_like(out), out, torch.empty_like(lse))
+        wide, grad_out, wide_out = autograd.widened(call, torch.empty_like(out), out, torch.empty_like(lse))
         for grad, x in zip(module.backward(wide, grad_out, wide_out, lse, state, False)[:3], (q, k, v), strict=True):
-            assert grad.shape == (*x.shape[:-1], dim + identity.WIDENING)
+            assert grad.shape == (*x.shape[:-1], dim + autograd.WIDENING)
 
 
 @fake_cuda
@@ -67,8 +72,8 @@ def test_varlen_calls_fit_the_op(dim: int):
     with FakeTensorMode(), torch.no_grad():
         q, k, v = fake(37, 6, dim), fake(41, 3, dim), fake(41, 3, dim)
         cu_q, cu_k = (torch.empty(4, device=CUDA, dtype=torch.int32) for _ in range(2))
-        call = Call(q, k, v, None, cu_q, cu_k, Settings(True, 0.1, 0.0, True, 5, 20, 30))
-        module = identity.ENGINES["varlen"]
+        call = Call(q, k, v, None, cu_q, cu_k, True, 0.1, 0.0, True, 5, 20, 30)
+        module = autograd.KERNELS["varlen"]
         out, lse, state = module.forward(call)
         assert out.shape == (1, 6, 37, dim)
         assert lse.shape == (1, 6, 37)
@@ -84,8 +89,8 @@ def test_flops_are_counted_as_torchs_own(engine: str):
     backward_over_forward = 2.5
     with FakeTensorMode(), torch.no_grad():
         q, k, v = (fake(2, 4, 64, 32) for _ in range(3))
-        call = Call(q, k, v, None, None, None, Settings(True, 0.1))
-        module = identity.ENGINES[engine]
+        call = Call(q, k, v, None, None, None, True, 0.1)
+        module = autograd.KERNELS[engine]
         with FlopCounterMode(display=False) as forward:
             out, lse, state = module.forward(call)
         with FlopCounterMode(display=False) as backward:
@@ -117,7 +122,7 @@ def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
     num_queries: int, masked: bool, layout: str, lse_grad: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """In half precision its kernel takes H * D for the stride of out's rows, whatever the tensor's strides say."""
-    monkeypatch.setattr(sys.modules["sm_flex.remask"], "remask_kernel", None)  # the epilogue in PyTorch, on fake tensors
+    monkeypatch.setattr(epilogue_module, "kernel", None)  # the epilogue in PyTorch, on fake tensors
 
     def made(rows: int, heads: int) -> Tensor:
         return fake(2, rows, heads, 64).transpose(1, 2) if layout == "BSHD" else fake(2, heads, rows, 64)
@@ -125,20 +130,20 @@ def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
     with FakeTensorMode(), torch.no_grad():
         q, k, v = made(num_queries, 6), made(37, 3), made(37, 3)
         bias = fake(1, 1, num_queries, 37) if masked else None
-        call = Call(q, k, v, bias, None, None, Settings(not masked, 0.1))
-        out, lse, state = identity._forward("efficient", call, torch.empty(1, num_queries, device=CUDA))
+        call = Call(q, k, v, bias, None, None, not masked, 0.1)
+        out, lse, state = autograd.forward("efficient", call, Mass(torch.empty(1, num_queries, device=CUDA)))
         assert lse is not None
         grad_out = torch.empty(2, 6, num_queries, 64, device=CUDA, dtype=q.dtype)
         if lse_grad:
-            call, grad_out, out = identity._widened(call, grad_out, out, torch.empty_like(lse))
+            call, grad_out, out = autograd.widened(call, grad_out, out, torch.empty_like(lse))
         with EfficientBackwardSpy() as spy:
-            identity.ENGINES["efficient"].backward(call, grad_out, out, lse, state, masked)
+            autograd.KERNELS["efficient"].backward(call, grad_out, out, lse, state, masked)
     (given,) = spy.outs
     heads, dim = given.shape[1], given.shape[-1]
     assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need, **kwargs) -> str:
+def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: dict, **kwargs) -> str:
     """The rule's answer on CUDA where torch's own choice is the given backend."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *a, **kw: torchs.value)
     with FakeTensorMode():
@@ -147,34 +152,34 @@ def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: rule.Need,
         mask = fake(1, 1, 16, 16) if kwargs.pop("masked", False) else None
         if mask is not None and kwargs.pop("mask_grad", False):
             mask.requires_grad_()
-        return rule.choose(q, k, k, mask, need, **kwargs)
+        return choose.choose(Need(q, k, k, mask, **need, **kwargs))
 
 
 @fake_cuda
 @pytest.mark.parametrize(
     ("backend", "need", "kwargs", "engine"),
     [
-        (SDPBackend.FLASH_ATTENTION, rule.Need(), {}, "flash"),
-        (SDPBackend.CUDNN_ATTENTION, rule.Need(), {}, "cudnn"),
-        (SDPBackend.EFFICIENT_ATTENTION, rule.Need(), {"masked": True}, "efficient"),
-        (SDPBackend.MATH, rule.Need(), {"dtype": torch.float64}, "dense"),
-        (SDPBackend.CUDNN_ATTENTION, rule.Need(), {"masked": True, "mask_grad": True}, "dense"),
-        (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 128}, "flash"),
-        (SDPBackend.CUDNN_ATTENTION, rule.Need(lse_grad=True), {"dim": 64}, "cudnn"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "dense"),
-        (SDPBackend.EFFICIENT_ATTENTION, rule.Need(lse_grad=True), {"dim": 256}, "efficient"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {}, "flex"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(block_mask=True), {}, "flex"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {"masked": True}, "dense"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True), {"dtype": torch.float64}, "dense"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(score_mod=True, dropout_p=0.1), {}, "dense"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(flex_options=True), {}, "flex"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"rows": 5}, "flash"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"backend": "TRITON"}, "flex"),
-        (SDPBackend.FLASH_ATTENTION, rule.Need(), {"backend": "MATH"}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, {}, {}, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, {}, {}, "cudnn"),
+        (SDPBackend.EFFICIENT_ATTENTION, {}, {"masked": True}, "efficient"),
+        (SDPBackend.MATH, {}, {"dtype": torch.float64}, "dense"),
+        (SDPBackend.CUDNN_ATTENTION, {}, {"masked": True, "mask_grad": True}, "dense"),
+        (SDPBackend.CUDNN_ATTENTION, {"lse_grad": True}, {"dim": 128}, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, {"lse_grad": True}, {"dim": 64}, "cudnn"),
+        (SDPBackend.FLASH_ATTENTION, {"lse_grad": True}, {"dim": 256}, "dense"),
+        (SDPBackend.EFFICIENT_ATTENTION, {"lse_grad": True}, {"dim": 256}, "efficient"),
+        (SDPBackend.FLASH_ATTENTION, {"score_mod": True}, {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, {"block_mask": True}, {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, {"score_mod": True}, {"masked": True}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, {"score_mod": True}, {"dtype": torch.float64}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, {"score_mod": True, "dropout_p": 0.1}, {}, "dense"),
+        (SDPBackend.FLASH_ATTENTION, {"flex_options": True}, {}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, {}, {"rows": 5}, "flash"),
+        (SDPBackend.FLASH_ATTENTION, {}, {"backend": "TRITON"}, "flex"),
+        (SDPBackend.FLASH_ATTENTION, {}, {"backend": "MATH"}, "dense"),
     ],
 )
-def test_who_serves(backend: SDPBackend, need: rule.Need, kwargs: dict, engine: str, monkeypatch: pytest.MonkeyPatch):
+def test_who_serves(backend: SDPBackend, need: dict, kwargs: dict, engine: str, monkeypatch: pytest.MonkeyPatch):
     assert chosen(monkeypatch, backend, need, **kwargs) == engine
 
 
@@ -188,15 +193,15 @@ def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatc
         return SDPBackend.EFFICIENT_ATTENTION.value
 
     monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
-    monkeypatch.setattr(rule, "_can_use", lambda *args: False)
+    monkeypatch.setattr(torch_choice, "can_use", lambda *args: False)
     with FakeTensorMode():
         k = fake(2, 4, 16, 64)
         for rows in (16, 5, 1):
-            assert rule.choose(fake(2, 4, rows, 64), k, k, None, rule.Need()) == "efficient"
-            assert rule.needs_bias("efficient", fake(2, 4, rows, 64), k) == (rows == 5)
+            assert choose.choose(Need(fake(2, 4, rows, 64), k, k)) == "efficient"
+            assert (efficient.causality(None, fake(2, 4, rows, 64), k)[0] is not None) == (rows == 5)
         assert asked == [(16, None, True), (5, (1, 1, 5, 16), False), (1, None, False)]
-        monkeypatch.setattr(rule, "_can_use", lambda engine, *args: engine == "flash")
-        assert rule.choose(fake(2, 4, 5, 64), k, k, None, rule.Need()) == "flash"
+        monkeypatch.setattr(torch_choice, "can_use", lambda engine, *args: engine == "flash")
+        assert choose.choose(Need(fake(2, 4, 5, 64), k, k)) == "flash"
         assert len(asked) == 3
 
 
@@ -215,8 +220,8 @@ def test_torchs_choice_is_asked_for_what_will_run(monkeypatch: pytest.MonkeyPatc
 def test_who_serves_packed_documents(device: str, dtype: torch.dtype, dim: int, engine: str):
     with FakeTensorMode():
         q = torch.empty(7, 4, dim, device=device, dtype=dtype)
-        assert rule.choose_packed(q, q, lse_grad=False) == engine
-        assert rule.choose_packed(q, q, lse_grad=True) == ("dense" if dim > 248 and device == CUDA else engine)
+        assert choose.choose(Need(q, q, q, packed=True)) == engine
+        assert choose.choose(Need(q, q, q, packed=True, lse_grad=True)) == ("dense" if dim > 248 and device == CUDA else engine)
 
 
 @pytest.mark.parametrize("block", [16, 128])
@@ -267,7 +272,6 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     import torch.nn.attention.flex_attention as torch_flex
 
     from sm_flex.engines import flex
-    from sm_flex.score_mod import stablemask
 
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     real = torch_flex._apply_kernel_options
@@ -282,10 +286,13 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     )
 
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor):
-        mass = stablemask(gamma, length=70).mass(q.device, 64, 64)
+        positions = None if ordered else torch.arange(64)
+        mask = stablemask(
+            gamma, length=70, positions=positions, ordered=ordered, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j)
+        )
+        mass = mask.mass(q.device, 64, 64, torch.float32)
         out, lse, _ = flex.attend(
-            q, k, v, mass, scale=0.25, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j), block_mask=block_mask,
-            ordered=ordered, kernel_options={}, max_scores=False,
+            q, k, v, mask, mass, scale=0.25, block_mask=block_mask, kernel_options={}, max_scores=False
         )  # fmt: skip
         return out, lse
 
@@ -297,12 +304,56 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
 
 def test_row_maxima_are_those_of_the_whole_row():
     """max_scores of A_SM: the largest pseudo score of row p is -(p+1) gamma, and row N-1 has none."""
-    from sm_flex.engines.flex import _row_max
-    from sm_flex.mass import Mass
-
-    real = torch.tensor([[[-9.0, -9.0, -9.0, -9.0, -9.0]]])
-    mass = Mass(torch.tensor(0.5), None, None, 4, 5)
-    assert _row_max(real, mass).tolist() == [[[-0.5, -1.0, -1.5, -9.0, -2.5]]]
+    largest = largest_pseudo_score(torch.tensor(0.5), torch.arange(5), 4)
+    assert largest.tolist() == [[-0.5, -1.0, -1.5, -math.inf, -2.5]]
     q = k = torch.zeros(1, 1, 5, 2)
     _, lse = oracle(q, k, k, gamma=0.5, length=4)
-    assert (lse >= _row_max(real, mass)).all()
+    assert (lse >= largest).all()
+    each = stablemask(0.5, length=4).largest_pseudo_score(torch.device("cpu"), 5, 5)
+    assert torch.equal(each, largest)
+
+
+@fake_cuda
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton log M is always a table")
+def test_who_computes_log_mass():
+    """The kernel itself where it can; a table where gamma is learned, beside a sink, in float64 and elsewhere."""
+    device, cu = torch.device(CUDA), torch.tensor([0, 3, 7], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gamma = torch.empty(4, device=CUDA)
+        mass = stablemask(gamma, length=9).mass(device, 7, 7, torch.float32, cu)
+        assert mass == Mass(None, gamma, None, cu, 9)
+        positions = torch.empty(7, device=CUDA, dtype=torch.int64)
+        mass = stablemask(0.5, length=9, positions=positions).mass(device, 7, 7, torch.float32, cu)
+        assert (mass.log_mass_HS, mass.cu_seqlens, mass.length) == (None, None, 9)
+        assert mass.positions is positions
+        learned = torch.empty(4, device=CUDA, requires_grad=True)
+        for mask, dtype in (
+            (stablemask(learned, length=9), torch.float32),
+            (stablemask(gamma, length=9, sink=gamma), torch.float32),
+            (stablemask(gamma, length=9), torch.float64),
+        ):
+            mass = mask.mass(device, 7, 7, dtype)
+            assert mass == Mass(mass.log_mass_HS)
+            assert mass.log_mass_HS is not None
+            assert (mass.log_mass_HS.shape, mass.log_mass_HS.dtype) == ((4, 7), dtype)
+        with torch.no_grad():
+            assert stablemask(learned, length=9).mass(device, 7, 7, torch.float32).log_mass_HS is None
+    assert stablemask(torch.rand(4), length=9).mass(torch.device("cpu"), 7, 7, torch.float32).log_mass_HS is not None
+
+
+@fake_cuda
+@pytest.mark.parametrize(
+    ("need", "why"),
+    [
+        ({"backend": "FLASH_ATTENTION", "masked": True}, "it takes no attn_mask"),
+        ({"backend": "CUDNN_ATTENTION", "dim": 128, "lse_grad": True}, "head dims up to 120"),
+        ({"backend": "EFFICIENT_ATTENTION", "score_mod": True}, "neither an inner score_mod nor a block_mask"),
+        ({"backend": "EFFICIENT_ATTENTION", "rows": 0}, "it takes no empty tensor"),
+        ({"backend": "MATH", "flex_options": True}, "belong to torch's flex kernels"),
+        ({"backend": "TRITON", "masked": True}, "it takes no attn_mask"),
+        ({"backend": "TRITON", "dropout_p": 0.1}, "it has no dropout"),
+    ],
+)
+def test_an_engine_asked_for_by_name_says_why_it_cannot_serve(need: dict, why: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(NotImplementedError, match=f"BACKEND {need['backend']} cannot serve this call: .*{why}"):
+        chosen(monkeypatch, SDPBackend.MATH, {}, **need)

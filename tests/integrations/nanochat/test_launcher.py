@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sm_flex.testing import oracle
-from sm_flex_launcher.request import BadInput, take_request
+from sm_flex_launcher.flags import BadInput, parse_flags
 from sm_flex_nanochat import attention, launcher
 from tests.helpers.launching import Checkout, checked_out, refusal
 
@@ -24,8 +24,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checko
 
 def replaced(checkout: Checkout, gamma: str) -> tuple[ModuleType, attention.Functions]:
     gpt = checkout.module("nanochat.gpt")
-    request = take_request(["--attn=stablemask", f"--gamma={gamma}"])[0]
-    return gpt, attention.replace(checkout.loaded("nanochat.flash_attention"), gpt, request)
+    flags = parse_flags(["--attn=stablemask", f"--gamma={gamma}"])[0]
+    return gpt, attention.replace(checkout.loaded("nanochat.flash_attention"), gpt, flags)
 
 
 def functions_for(checkout: Checkout, gamma: str, length: int = N) -> attention.Functions:
@@ -172,7 +172,7 @@ def test_what_is_said_with_the_cache_is_what_the_full_pass_says(checkout: Checko
         (("scripts.base_train",), "--attn must be given as causal or stablemask, got nothing"),
         (("scripts.base_train", "--attn=flash"), "got flash"),
         (("scripts.base_train", "--attn=stablemask", "--gamma=steep"), "got 'steep'"),
-        (("scripts.base_train", "--attn=stablemask", "--gamma=1,2,3"), "one number for each of the 4 heads, got 3"),
+        (("scripts.base_train", "--attn=stablemask", "--gamma=1,2,3"), "one number for each of the model's 4 query heads, got 3"),
         (("--attn=causal", "--depth=4"), "name nanochat's script first"),
         (("scripts.tune", "--attn=causal"), "this is not a nanochat checkout: no scripts/tune.py in"),
     ],

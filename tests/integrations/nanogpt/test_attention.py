@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from sm_flex.testing import oracle
-from sm_flex_launcher.request import Request, take_request
+from sm_flex_launcher.flags import Flags, parse_flags
 from sm_flex_nanogpt import attention
 from tests.helpers.launching import Checkout, checked_out
 
@@ -23,8 +23,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checko
         yield made
 
 
-def asked(gamma: str) -> Request:
-    return take_request(["--attn=stablemask", f"--gamma={gamma}"])[0]
+def asked(gamma: str) -> Flags:
+    return parse_flags(["--attn=stablemask", f"--gamma={gamma}"])[0]
 
 
 def one_layer(checkout: Checkout, gamma: str, dropout: float = 0.0) -> Any:
@@ -36,7 +36,7 @@ def one_layer(checkout: Checkout, gamma: str, dropout: float = 0.0) -> Any:
 def by_the_oracle(layer: Any, x: torch.Tensor, gamma: str, length: int) -> torch.Tensor:
     """c_attn, eq. 11 with N = length, c_proj."""
     q, k, v = [part.reshape(*x.shape[:2], 3, 5).transpose(1, 2) for part in layer.c_attn(x).split(15, dim=2)]
-    out, _ = oracle(q, k, v, gamma=asked(gamma).rates(3), length=length)
+    out, _ = oracle(q, k, v, gamma=asked(gamma).gamma_for(3), length=length)
     return layer.c_proj(out.transpose(1, 2).reshape(x.shape))
 
 

@@ -164,7 +164,10 @@ def test_two_processes_train_one_model(checkout: Checkout) -> None:
         (("train.py", "--attn=stablemask", "--gamma=nan"), "got 'nan'"),
         (("train.py", "--attn=stablemask", "--gamma="), "got ''"),
         (("train.py", "--attn=stablemask", "--gamma=1,,2"), "got '1,,2'"),
-        (("train.py", "--attn=stablemask", "--gamma=1,2"), "--gamma must have one number for each of the 3 heads, got 2"),
+        (
+            ("train.py", "--attn=stablemask", "--gamma=1,2"),
+            "--gamma must have one number for each of the model's 3 query heads, got 2",
+        ),
         (("train.py", "--attn=causal", "--gamma=1"), "--gamma belongs to --attn=stablemask"),
         (("train.py", "--attn=causal", "--switch_attn=yes"), "--switch_attn is given as it is, or as True or False"),
     ],

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sm_flex import headwise_gamma
+from sm_flex import gamma_from
 
 ATTENTIONS = ("causal", "stablemask")
 
@@ -19,7 +18,7 @@ class BadInput(Exception):
     """Something that the user must change, in one line."""
 
 
-class Request(NamedTuple):
+class Flags(NamedTuple):
     """The attention asked for: gamma is "headwise" or numbers with commas between; switch takes any checkpoint."""
 
     attn: str
@@ -28,23 +27,19 @@ class Request(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a checkpoint remembers; two requests of one name are one attention."""
+        """What a checkpoint remembers: flags of one name are one attention."""
         return self.attn if self.attn == "causal" else f"{self.attn} with gamma {self.gamma}"
 
-    def rates(self, num_heads: int) -> Tensor:
+    def gamma_for(self, num_heads: int) -> Tensor:
         """gamma as stablemask() takes it: float32, 0-d for a single number, else (H,).
 
         Raises:
             BadInput: the list of numbers is not one for each head.
         """
-        if self.gamma == "headwise":
-            return headwise_gamma(num_heads)
-        rates = [float(rate) for rate in self.gamma.split(",")]
-        if len(rates) == 1:
-            return torch.tensor(rates[0])
-        if len(rates) != num_heads:
-            raise BadInput(f"--gamma must have one number for each of the {num_heads} heads, got {len(rates)}: {self.gamma}")
-        return torch.tensor(rates)
+        try:
+            return gamma_from(spec_of(self.gamma), num_heads, name="--gamma").float()
+        except ValueError as error:
+            raise BadInput(str(error)) from None
 
     def check(self, trained: str) -> None:
         """A checkpoint's attention against this one.
@@ -56,8 +51,8 @@ class Request(NamedTuple):
             raise BadInput(f"the checkpoint was trained with {trained}, not {self.name}: to use it so, add --switch_attn")
 
 
-def take_request(argv: Sequence[str], usage: str = "") -> tuple[Request, list[str]]:
-    """Our flags, and the rest of the command line in its order. --help prints usage and leaves; else the request is printed.
+def parse_flags(argv: Sequence[str], usage: str = "") -> tuple[Flags, list[str]]:
+    """Our flags, and the rest of the command line in its order. --help prints usage and leaves; else the attention is printed.
 
     Raises:
         BadInput: a flag is missing, unknown or does not parse.
@@ -85,13 +80,13 @@ def take_request(argv: Sequence[str], usage: str = "") -> tuple[Request, list[st
         raise BadInput(f"--attn must be given as {' or '.join(ATTENTIONS)}, got {attn or 'nothing'}")
     if attn == "causal" and gamma is not None:
         raise BadInput(f"--gamma belongs to --attn=stablemask, got --attn=causal --gamma={gamma}")
-    request = Request(attn, normal_gamma("headwise" if gamma is None else gamma), switch)
+    flags = Flags(attn, canonical_gamma("headwise" if gamma is None else gamma), switch)
     if attn == "stablemask" and _is_first_process():  # causal is the script as it is, to the letter
-        print(f"attention: {request.name}")
-    return request, rest
+        print(f"attention: {flags.name}")
+    return flags, rest
 
 
-def normal_gamma(gamma: str, flag: str = "--gamma") -> str:
+def canonical_gamma(gamma: str, flag: str = "--gamma") -> str:
     """One spelling for one gamma, headwise or numbers with commas between: 0.50 and .5 are 0.5.
 
     Raises:
@@ -100,16 +95,24 @@ def normal_gamma(gamma: str, flag: str = "--gamma") -> str:
     if gamma == "headwise":
         return gamma
     try:
-        rates = [float(rate) for rate in gamma.split(",")]
+        numbers = [float(word) for word in gamma.split(",")]
     except ValueError:
-        rates = [math.nan]
-    if not all(rate >= 0 for rate in rates):  # NaN too
+        numbers = [math.nan]
+    if not all(x >= 0 for x in numbers):  # NaN too
         raise BadInput(f"{flag} must be headwise, a number >= 0, or one for each head with commas between, got {gamma!r}")
-    return ",".join(f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate) for rate in rates)
+    return ",".join(f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in numbers)
+
+
+def spec_of(gamma: str) -> str | float | list[float]:
+    """A canonical gamma as gamma_from, or a config, takes it."""
+    if gamma == "headwise":
+        return gamma
+    numbers = [float(word) for word in gamma.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 @contextmanager
-def one_line(prog: str) -> Iterator[None]:
+def exit_on_bad_input(prog: str) -> Iterator[None]:
     """A BadInput ends the program with exit code 2 and one line on stderr; of several processes the first says it."""
     try:
         yield

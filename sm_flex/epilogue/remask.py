@@ -2,40 +2,43 @@
 
     s = sigmoid(lse - log M),   out' = s * out,   lse' = logaddexp(lse, log M)
 
-Plain PyTorch here; remask_kernel.py is the same in one Triton launch, for a GPU.
-"""
+Plain PyTorch here; kernel.py is the same in one Triton launch, for a GPU.
 
-from importlib.util import find_spec
+Shapes in names: B batch, H query heads, S queries, D head dim of the values.
+"""
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sm_flex._checks import broadcasts, check_no_transform
-from sm_flex.mass import Mass
-from sm_flex.share import exp_difference, pseudo_share, shares, shares_alive
+from sm_flex.checks.tensors import broadcasts
+from sm_flex.epilogue.formula import exp_difference, pseudo_share, real_share_and_lse
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import HAS_TRITON, check_no_transform, watched
 
-# Imported here and not where it is called, which may be traced. A CPU build of torch comes without Triton.
-if torch.version.cuda is not None and find_spec("triton") is not None:
-    from sm_flex import remask_kernel
+# Imported here and not where it is called, which may be traced.
+if HAS_TRITON:
+    from sm_flex.epilogue import kernel
 else:
-    remask_kernel = None
+    kernel = None
 
 
 def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """StableMask's epilogue alone, for a caller with an attention kernel of their own.
 
-    s = sigmoid(lse - log_mass), out' = s * out, lse' = logaddexp(lse, log_mass): with (out, lse) of ordinary causal
-    attention this is eq. 11. For ring attention merge the shards first, then remask once. Differentiable in all three;
-    a kernel whose backward ignores the gradient of lse needs the drop-ins instead, whose backward does not use it.
+    s = sigmoid(lse - log_mass), out' = s * out, lse' = logaddexp(lse, log_mass). With (out, lse) of ordinary
+    causal attention this is eq. 11. For ring attention merge the shards first, then remask once.
+    Differentiable in all three. A kernel whose backward ignores the gradient of lse needs the drop-ins
+    instead, whose backward does not use it.
 
     Args:
         out: (..., S, D) floating, attention output. Not written to.
-        lse: (..., S) float32 or float64, natural log-sum-exp of the real scores; -inf for a row without visible keys.
+        lse: (..., S) float32 or float64, natural log-sum-exp of the real scores; -inf for a row without
+            visible keys.
         log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`.
 
     Returns:
-        out' like out, lse' like lse. A row that sees nothing (lse = -inf) has share 0: out' is 0 where out is finite.
+        out' like out, lse' like lse. A fully masked row (lse = -inf) has share 0: out' is 0 where out is
+        finite.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape or device.
@@ -63,14 +66,13 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     if not broadcasts(log_mass.shape, lse.shape):
         raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
     check_no_transform()
-    new_out, new_lse = _Remask.apply(out, lse, log_mass.to(lse.dtype))
-    return new_out, new_lse
+    return _Remask.apply(out, lse, log_mass.to(lse.dtype))
 
 
 class _Remask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-        new_out, new_lse = epilogue(out, lse, log_mass, in_place=False)
+        new_out, new_lse = epilogue(out, lse, Mass(log_mass), in_place=False)
         assert new_lse is not None
         ctx.save_for_backward(out, lse, log_mass, new_lse)
         return new_out, new_lse
@@ -91,32 +93,31 @@ class _Remask(torch.autograd.Function):
 
 
 def epilogue(
-    out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool, may_be_dead: bool = True, want_lse: bool = True
+    out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool, may_be_masked: bool = True, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """(out', lse') without autograd; out (..., S, D), lse (..., S), mass a table of log M or, on a GPU, what it depends on.
+    """(out', lse') without autograd; out (..., S, D), lse (..., S).
 
-    may_be_dead: some lse may be -inf. want_lse: on a GPU lse' comes for nothing, and always.
-
-    in_place lets it write into out, where that is safe: never under a dispatch mode, which may have kept out for itself
-    (an eager selective checkpoint does). lse' is always a new tensor.
+    in_place: out may be written to. It is not under a dispatch mode, which may have kept out for itself, as
+    an eager selective checkpoint does. lse' is always a new tensor.
+    may_be_masked: some row may be fully masked (lse = -inf).
+    return_lse: lse' is needed. The GPU kernel returns it in any case, since there it costs nothing.
     """
-    if isinstance(mass, Mass) and mass.sink is not None:
-        mass = mass.table(lse.dtype)
-    in_place = in_place and (torch.compiler.is_compiling() or _get_current_dispatch_mode() is None)
-    if remask_kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
-        return remask_kernel.launch(out, lse, mass, in_place=in_place)
-    if isinstance(mass, Mass):
-        mass = mass.table(lse.dtype)
-    share, new_lse = shares(lse, mass) if may_be_dead else shares_alive(lse, mass, want_lse)
-    # Every row is written: finding those that s leaves unchanged, as the GPU's kernel does, takes a CPU longer (to S = 4k).
+    compiling = torch.compiler.is_compiling()
+    in_place = in_place and (compiling or not watched())
+    if kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+        return kernel.launch(out, lse, mass, in_place=in_place)
+    log_mass = mass.table(out.shape[-2], lse.dtype)
+    share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse)
     share = (share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1)
-    if in_place and not torch.compiler.is_compiling():
+    # Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes
+    # longer (to S = 4k).
+    if in_place and not compiling:
         return out.mul_(share), new_lse
     return out * share, new_lse
 
 
-def log_mass_grad(grad_out: Tensor, out: Tensor, new_lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """d loss / d log M from StableMask's own out' and lse': (1 - s) * (grad_lse' - rowsum(grad_out * out'))."""
-    delta = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
+def log_mass_grad(grad_out: Tensor, out: Tensor, lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """d loss / d log M = (1 - s) * (grad_lse - rowsum(grad_out * out)), from StableMask's own out' and lse'."""
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     inner = -delta if grad_lse is None else grad_lse - delta
-    return (inner * pseudo_share(new_lse, log_mass)).sum_to_size(log_mass.shape)
+    return (inner * pseudo_share(lse, log_mass)).sum_to_size(log_mass.shape)

@@ -1,9 +1,9 @@
 """The remask epilogue as one Triton launch: log M computed inside, saturated tiles neither read nor written.
 
-s tends to 1 as the mass fades. Where 1 - s is below half an ulp of the output's dtype, s * out rounds to out itself, so a
-tile of rows that are all that far is left alone: the kernel reads 4 bytes a row (lse), writes 4 (lse'), and touches the
-2 * D * itemsize bytes of an output row only where they can change. The test is on s as it will be used, so no bit
-depends on it.
+s tends to 1 as the mass fades. Where 1 - s is below half an ulp of the output's dtype, s * out rounds to out
+itself, and a tile of which all rows are that far is left alone. So the kernel reads 4 bytes per row (lse),
+writes 4 (lse'), and touches the 2 * D * itemsize bytes of an output row only where they can change. The test
+is on s as it will be used, so no bit depends on it.
 """
 
 from contextlib import nullcontext
@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex._checks import plain_eager
-from sm_flex.mass import HUGE, Mass
-from sm_flex.share import shares
+from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.mass.closed_form import HUGE
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import plain_eager
 
 # 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
@@ -33,7 +34,7 @@ GAMMA_HUGE = tl.constexpr(HUGE)
 
 @triton.jit
 def _log_ratio(x):
-    """g(x) = log((1 - e^-x) / x), by its series near 0 (mass.py)."""
+    """g(x) = log((1 - e^-x) / x), by its series near 0 (mass/closed_form.py)."""
     y2 = x * x
     even = 1 / 181440 + y2 * (-1 / 9676800 + y2 * (1 / 479001600))
     even = y2 * (1 / 24 + y2 * (-1 / 2880 + y2 * even))
@@ -45,7 +46,7 @@ def _log_ratio(x):
 
 @triton.jit
 def _log_mass(gamma, position, length):
-    """log M(p) in closed form (mass.py)."""
+    """log M(p) in closed form (mass/closed_form.py)."""
     terms = tl.where(position >= length, 1, length - 1 - position)
     n = tl.where(terms == 0, 1, terms).to(tl.float32)
     finite = tl.where(gamma < GAMMA_HUGE, gamma, 1.0)
@@ -94,14 +95,15 @@ def remask_kernel(
             position = row
         log_m = _log_mass(gamma, position.to(tl.int64), length)
 
-    dead = lse == float("-inf")
-    share = tl.where(dead, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
+    masked = lse == float("-inf")
+    share = tl.where(masked, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
     top = tl.maximum(lse, log_m)
     gap = tl.where(top == float("-inf"), 0.0, -tl.abs(lse - log_m))
     new_lse = tl.where(top == float("-inf"), float("-inf"), top + tl.log(1.0 + tl.exp(gap)))
     tl.store(new_lse_ptr + batch * nlse_b + head * nlse_h + at * nlse_s, new_lse, mask=inside)
 
-    # 1 - share is exact here, and 1 - HALF_ULP would not be in fp32. Not (... < ...), so that NaN counts as touched.
+    # 1 - share is exact here, and 1 - HALF_ULP would not be in fp32. Not (... < ...), so that NaN counts as
+    # touched.
     touched = inside & ~(1.0 - share < HALF_ULP)
     work = tl.sum(touched.to(tl.int32)) if IN_PLACE else 1
     if work > 0:  # pyright: ignore[reportOperatorIssue]
@@ -113,65 +115,49 @@ def remask_kernel(
         tl.store(target, (out.to(tl.float32) * share[:, None]).to(out.dtype), mask=tile)
 
 
-@triton_op("sm_flex::remask_", mutates_args={"out"})
-def remask_in_place_op(
-    out: Tensor,
-    lse: Tensor,
-    log_mass: Tensor | None,
-    gamma: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length: int,
-) -> Tensor:
+# The fields of Mass, in their order.
+MASS = "Tensor? log_mass_HS, Tensor? gamma, Tensor? positions, Tensor? cu_seqlens, SymInt length"
+
+
+@triton_op("sm_flex::remask_", mutates_args={"out"}, schema=f"(Tensor(a!) out, Tensor lse, {MASS}) -> Tensor")
+def remask_in_place_op(out: Tensor, lse: Tensor, *mass: Any) -> Tensor:
     if out.device.type == "cpu":
-        new_out, new_lse = _reference(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+        new_out, new_lse = _reference(out, lse, Mass(*mass))
         out.copy_(new_out)
         return new_lse
     new_lse = torch.empty_like(lse)
-    _launch(wrap_triton(remask_kernel), out, out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, True)
+    _launch(wrap_triton(remask_kernel), out, out, lse, new_lse, Mass(*mass), in_place=True)
     return new_lse
 
 
-@triton_op("sm_flex::remask", mutates_args={})
-def remask_op(
-    out: Tensor,
-    lse: Tensor,
-    log_mass: Tensor | None,
-    gamma: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length: int,
-) -> tuple[Tensor, Tensor]:
+@triton_op("sm_flex::remask", mutates_args={}, schema=f"(Tensor out, Tensor lse, {MASS}) -> (Tensor, Tensor)")
+def remask_op(out: Tensor, lse: Tensor, *mass: Any) -> tuple[Tensor, Tensor]:
     if out.device.type == "cpu":
-        return _reference(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+        return _reference(out, lse, Mass(*mass))
     new_out, new_lse = torch.empty_like(out), torch.empty_like(lse)
-    _launch(wrap_triton(remask_kernel), out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, False)
+    _launch(wrap_triton(remask_kernel), out, new_out, lse, new_lse, Mass(*mass), in_place=False)
     return new_out, new_lse
 
 
-def launch(out: Tensor, lse: Tensor, mass: Tensor | Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+def launch(out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
     """(out', lse') of the epilogue; out (..., S, D) bf16, fp16 or fp32, lse (..., S) float32."""
-    if isinstance(mass, Mass):
-        log_mass, gamma, positions, cu_seqlens, length = None, mass.gamma, mass.positions, mass.cu_seqlens, mass.length
-    else:
-        log_mass, gamma, positions, cu_seqlens, length = mass, None, None, None, 0
     if out.dim() != 4:
-        assert not in_place, "only the drop-ins work in place, on four dimensions"
+        assert not in_place, "only remask() has other than four dimensions, and it does not work in place"
         flat_out, flat_lse = out.reshape(-1, 1, *out.shape[-2:]), lse.reshape(-1, 1, lse.shape[-1])
-        assert log_mass is not None, "and they give what log M depends on"
-        log_mass = log_mass.expand(lse.shape).reshape(flat_lse.shape)
-        new_out, new_lse = remask_op(flat_out, flat_lse, log_mass, None, None, None, 0)
+        log_mass = mass.table(out.shape[-2], lse.dtype).expand(lse.shape).reshape(flat_lse.shape)
+        new_out, new_lse = remask_op(flat_out, flat_lse, *Mass(log_mass))
         return new_out.reshape(out.shape), new_lse.reshape(lse.shape)
     # Triton launches on the current device; compiled code guards for itself.
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(out):
         if plain_eager() and type(out) is Tensor and not out.requires_grad:
-            # Nobody to tell of the mutation: the ops cost the host several times the launch.
+            # Nobody watches the mutation, so no op has to declare it: going through one takes the host
+            # several times the launch.
             new_out, new_lse = out if in_place else torch.empty_like(out), torch.empty_like(lse)
-            _launch(remask_kernel, out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens, length, in_place)
+            _launch(remask_kernel, out, new_out, lse, new_lse, mass, in_place=in_place)
             return new_out, new_lse
         if in_place:
-            return out, remask_in_place_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
-        return remask_op(out, lse, log_mass, gamma, positions, cu_seqlens, length)
+            return out, remask_in_place_op(out, lse, *mass)
+        return remask_op(out, lse, *mass)
 
 
 def block_shape(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -180,46 +166,25 @@ def block_shape(head_dim: int, itemsize: int) -> tuple[int, int]:
     return max(1, min(MAX_ROWS, TILE_BYTES // (block_d * itemsize))), block_d
 
 
-def _launch(
-    kernel: Any,
-    out: Tensor,
-    new_out: Tensor,
-    lse: Tensor,
-    new_lse: Tensor,
-    log_mass: Tensor | None,
-    gamma: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length: int,
-    in_place: bool,
-) -> None:
+def _launch(kernel: Any, out: Tensor, new_out: Tensor, lse: Tensor, new_lse: Tensor, mass: Mass, *, in_place: bool) -> None:
     batch, heads, num_rows, head_dim = out.shape
+    head_dim = int(head_dim)  # a tile has a fixed size: under dynamic shapes the head dim becomes a constant here
     rows, block_d = block_shape(head_dim, out.element_size())
-    source = CU_SEQLENS if cu_seqlens is not None else ARANGE if positions is None else POSITIONS
-    table_strides = (0, 0, 0) if log_mass is None else log_mass.expand(lse.shape).stride()
-    gamma_stride = 0 if gamma is None or gamma.dim() == 0 else gamma.stride(0)
-    position_strides = (0, 0) if positions is None else positions.expand(batch, num_rows).stride()
+    source = CU_SEQLENS if mass.cu_seqlens is not None else ARANGE if mass.positions is None else POSITIONS
+    table_strides = (0, 0, 0) if mass.log_mass_HS is None else mass.log_mass_HS.expand(lse.shape).stride()
+    gamma_stride = 0 if mass.gamma is None or mass.gamma.dim() == 0 else mass.gamma.stride(0)
+    position_strides = (0, 0) if mass.positions is None else mass.positions.expand(batch, num_rows).stride()
+    tensors = (out, new_out, lse, new_lse, mass.log_mass_HS, mass.gamma, mass.positions, mass.cu_seqlens)
+    sizes = (num_rows, heads, mass.length, 0 if mass.cu_seqlens is None else mass.cu_seqlens.shape[0] - 1)
+    out_strides = (*out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride())
     kernel[(batch * heads, triton.cdiv(num_rows, rows))](
-        out, new_out, lse, new_lse, log_mass, gamma, positions, cu_seqlens,
-        num_rows, heads, length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        *out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride(),
-        *table_strides, gamma_stride, *position_strides,
-        HEAD_DIM=int(head_dim), BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
-        IN_PLACE=in_place, HAS_TABLE=log_mass is not None, POSITION=source,
+        *tensors, *sizes, *out_strides, *table_strides, gamma_stride, *position_strides,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
+        IN_PLACE=in_place, HAS_TABLE=mass.log_mass_HS is not None, POSITION=source,
     )  # fmt: skip
 
 
-def _reference(
-    out: Tensor,
-    lse: Tensor,
-    log_mass: Tensor | None,
-    gamma: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length: int,
-) -> tuple[Tensor, Tensor]:
-    if log_mass is None:
-        assert gamma is not None, "an op is given a table of log M or the gamma it follows from"
-        log_mass = Mass(gamma, positions, cu_seqlens, length, out.shape[-2]).table(lse.dtype)
-    share, new_lse = shares(lse, log_mass)
+def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
+    share, new_lse = real_share_and_lse(lse, mass.table(out.shape[-2], lse.dtype))
+    assert new_lse is not None
     return out * share.unsqueeze(-1).to(out.dtype), new_lse

@@ -1,0 +1,62 @@
+"""A StableMask against the call that it came with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from sm_flex.checks.mask import check_position_values
+from sm_flex.checks.tensors import broadcasts
+from sm_flex.score_mod import StableMask
+
+
+def check_is_stablemask(score_mod: Any, function: str) -> None:
+    """Where torch's own function of that name has no score_mod at all."""
+    if not isinstance(score_mod, StableMask):
+        raise TypeError(
+            f"score_mod of {function} must be a StableMask or None, got {type(score_mod).__name__}: torch's has no score_mod; "
+            "use flex_attention, or stablemask(..., score_mod=...)"
+        )
+
+
+def check_mask_fits(
+    mask: StableMask, rows: Sequence[int], num_keys: int, device: torch.device, block_mask: BlockMask | None = None
+) -> None:
+    """The mask against a call of rows (B, H, S): its heads, lengths, positions, devices and block_mask."""
+    batch, heads, num_queries = rows
+    _check_per_head("gamma", mask.gamma, heads, device, ": see headwise_gamma")
+    if mask.sink is not None:
+        _check_per_head("sink", mask.sink, heads, device)
+        if mask.sink.dim() > 1 and not broadcasts(mask.sink.shape, rows):
+            raise ValueError(f"sink must be broadcastable to (B, H, S) = {tuple(rows)}, got {tuple(mask.sink.shape)}")
+    if not mask.ordered and block_mask is None:
+        raise ValueError(
+            "block_mask is required with stablemask(..., ordered=False), where it alone says which keys a query sees: "
+            "use flex_attention"
+        )
+    if mask.positions is not None:
+        check_positions_fit(mask.positions, batch, num_queries, device)
+        check_position_values(mask.positions)
+    elif num_queries != num_keys:
+        raise ValueError(
+            f"positions are required where query and key lengths differ, got S={num_queries} and T={num_keys}: "
+            "pass stablemask(..., positions=..., length=...)"
+        )
+
+
+def _check_per_head(name: str, x: Tensor, heads: int, device: torch.device, way_out: str = "") -> None:
+    if x.device != device and not (x.dim() == 0 and x.device.type == "cpu"):
+        raise ValueError(f"{name} must be on the device of query, {device}, got {x.device}: use {name}.to({str(device)!r})")
+    if x.dim() == 1 and x.shape[0] != heads:
+        raise ValueError(f"{name} must have one value for each of the {heads} query heads, got {x.shape[0]}{way_out}")
+
+
+def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:
+    if positions.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {positions.device}")
+    # Only sizes of the same dimension are compared: an exported graph would be told that S is never B.
+    fits = positions.shape[-1] == count and (positions.dim() == 1 or (positions.dim() == 2 and positions.shape[0] == batch))
+    if not fits:
+        raise ValueError(f"{name} must be ({count},) or ({batch}, {count}), got {tuple(positions.shape)}")

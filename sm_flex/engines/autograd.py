@@ -1,0 +1,136 @@
+"""One autograd Function for every kernel engine: causal attention, the remask, and a backward that is free.
+
+Call the library's ordinary backward with out' and lse'. It rebuilds P' = exp(score - lse'), which are
+StableMask's probabilities, and delta = rowsum(grad_out * out'), which is what dS = P' * (dP - delta) needs,
+since the pseudo columns have value 0. Nothing differentiates through lse.
+
+A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place
+of delta gives the same. Every kernel computes delta from grad_out and out'. So both are widened by columns
+whose product is -grad_lse' (in three parts, so that bf16 holds all of it), and q, k and v by columns of 0.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sm_flex.engines import Call, Kernel, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
+from sm_flex.epilogue.remask import epilogue, log_mass_grad
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import differentiable, plain_eager
+from sm_flex.visibility.bias import fully_masked_rows
+
+KERNELS: dict[str, Kernel] = {
+    "flash": flash,
+    "cudnn": cudnn,
+    "efficient": efficient,
+    "cpu": cpu,
+    "varlen": varlen,
+    "varlen_cpu": varlen_cpu,
+}
+# How many columns a gradient of lse' adds, of which PARTS are not 0. Kernels want a multiple of 8.
+WIDENING = 8
+PARTS = 3
+# What the Function takes, one after the other, and where those stand that have a gradient.
+ARGUMENTS = ("engine", "return_lse", *Call._fields, *Mass._fields)
+Q, K, V, BIAS, LOG_MASS = [ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS")]
+
+
+def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the KERNELS.
+
+    Differentiable in q, k, v, bias and log M.
+    """
+    q, k, v, bias = call.q, call.k, call.v, call.bias
+    if plain_eager() and not differentiable(q, k, v, bias, mass.log_mass_HS):
+        # In a decode step the Function alone would cost more than the attention.
+        out, lse, _ = forward(engine, call, mass, return_lse)
+        return out, lse if return_lse else None
+    # Dynamo wants the tensors of an autograd Function to be distinct. cu_k and mass.cu_seqlens may be cu_q
+    # again.
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is k else v
+    call = call._replace(k=k, v=v, cu_k=None if call.cu_k is call.cu_q else call.cu_k)
+    mass = mass if mass.cu_seqlens is None else mass._replace(cu_seqlens=None)
+    # Eager: always return lse', so that a second derivative is refused. Compiled: there is no second
+    # derivative, and AOTAutograd would hand us a gradient for an lse' that no caller asked for.
+    with_lse = return_lse or not torch.compiler.is_compiling()
+    result = _Attend.apply(engine, with_lse, *call, *mass)
+    out, lse = result if with_lse else (result, None)
+    return out, lse if return_lse else None
+
+
+def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
+    """out', lse' and what the engine's backward wants kept, without autograd."""
+    out, lse, state = KERNELS[engine].forward(call)
+    if call.bias is not None:
+        masked = fully_masked_rows(call.bias, call.causal)
+        lse = lse.masked_fill(masked, -torch.inf)
+        out = out.masked_fill(masked.unsqueeze(-1), 0.0)
+    may_be_masked = call.bias is not None or call.may_be_masked
+    out, lse = epilogue(out, lse, mass, in_place=True, may_be_masked=may_be_masked, return_lse=return_lse)
+    return out, lse, state
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, engine: str, return_lse: bool, *arguments: Any) -> Any:
+        call, mass = Call(*arguments[: len(Call._fields)]), Mass(*arguments[len(Call._fields) :])
+        inputs = (call.q, call.k, call.v, call.bias, call.cu_q, call.cu_k, mass.log_mass_HS)
+        if call.cu_q is not None and mass.log_mass_HS is None and mass.positions is None:
+            mass = mass._replace(cu_seqlens=call.cu_q)
+        out, lse, state = forward(engine, _with_cu_k(call), mass)
+        ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
+        ctx.save_for_backward(*inputs, out, lse, *state)
+        ctx.set_materialize_grads(False)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_out, grad_lse = grad_outputs if len(grad_outputs) == 2 else (grad_outputs[0], None)
+        grads: list[Tensor | None] = [None] * len(ARGUMENTS)
+        if grad_out is None and grad_lse is None:
+            return tuple(grads)
+        q, k, v, bias, cu_q, cu_k, log_mass, out, lse, *state = ctx.saved_tensors
+        call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if ctx.needs_input_grad[LOG_MASS]:
+            grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
+        if bias is not None or call.may_be_masked:
+            # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.
+            lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
+        if grad_lse is not None:
+            call, grad_out, out = widened(call, grad_out, out, grad_lse)
+        needs_bias_grad = ctx.needs_input_grad[BIAS]
+        dq, dk, dv, grads[BIAS] = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_bias_grad)
+        if grad_lse is not None:
+            dq, dk, dv = [x[..., : q.shape[-1]] for x in (dq, dk, dv)]
+        grads[Q], grads[K], grads[V] = dq, dk, dv
+        return tuple(grads)
+
+
+def _with_cu_k(call: Call) -> Call:
+    """attend() leaves cu_k out where it is cu_q."""
+    return call if call.cu_q is None or call.cu_k is not None else call._replace(cu_k=call.cu_q)
+
+
+def widened(call: Call, grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Call, Tensor, Tensor]:
+    """The call, grad_out and out with columns that put delta - grad_lse' in the place of delta."""
+    # A power of two per row keeps large and small gradients within the range of fp16.
+    exponent = torch.frexp(grad_lse.detach()).exponent.clamp(-14, 15)
+    factor = torch.ldexp(torch.ones_like(grad_lse), exponent).to(out.dtype)
+    rest, columns = -grad_lse / factor.to(grad_lse.dtype), []
+    for _ in range(PARTS):
+        columns.append(rest.to(out.dtype))
+        rest = rest - columns[-1].to(rest.dtype)
+    extra = pad(torch.stack(columns, dim=-1), (0, WIDENING - PARTS))
+    q, k, v = [pad(x, (0, WIDENING)) for x in (call.q, call.k, call.v)]
+    factors = factor.unsqueeze(-1).expand_as(extra)
+    return (call._replace(q=q, k=k, v=v), _with_columns(grad_out.to(out.dtype), factors), _with_columns(out, extra))
+
+
+def _with_columns(x_BHSD: Tensor, columns_BHSW: Tensor) -> Tensor:
+    """Both side by side, (B, H, S, D + W) over (B, S, H, D + W) memory, as the kernels' own outputs are."""
+    return torch.cat([x_BHSD.transpose(1, 2), columns_BHSW.transpose(1, 2)], dim=-1).transpose(1, 2)

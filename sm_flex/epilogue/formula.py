@@ -1,0 +1,38 @@
+"""The real share s of a row (alpha_i in section 4.2), its complement, and the log-sum-exp of the whole row.
+
+    s = sigmoid(lse - log M),   lse' = logaddexp(lse, log M)
+
+A fully masked row sees no key: lse = -inf. Its s is 0, also where log M = -inf too.
+
+Shapes: lse is (B, H, S), log M broadcastable to it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def real_share_and_lse(
+    lse: Tensor, log_mass: Tensor, *, may_be_masked: bool = True, return_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """s and lse'. may_be_masked=False, where no row is fully masked, takes less than half the time."""
+    if may_be_masked:
+        masked = torch.isneginf(lse)
+        share = torch.sigmoid(lse.masked_fill(masked, 0.0) - log_mass).masked_fill(masked, 0.0)
+        return share, torch.logaddexp(lse, log_mass) if return_lse else None
+    gap = lse - log_mass
+    if not return_lse:
+        return torch.sigmoid(gap), None
+    # logaddexp is slow in the memory layout of the CPU op's lse.
+    return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs())
+
+
+def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
+    """1 - s = exp(log M - lse'), accurate where s rounds to 1."""
+    return exp_difference(log_mass, new_lse)
+
+
+def exp_difference(a: Tensor, b: Tensor) -> Tensor:
+    """exp(a - b), but 0 where a is -inf, even where b is too (a fully masked row has b = -inf)."""
+    zero = torch.isneginf(a)
+    return torch.exp(a.masked_fill(zero, 0.0) - b).masked_fill(zero | torch.isneginf(b), 0.0)

@@ -1,0 +1,1 @@
+"""log M: the mathematics, and the table that a call takes it from."""
