@@ -115,27 +115,42 @@ def remask_kernel(
         tl.store(target, (out.to(tl.float32) * share[:, None]).to(out.dtype), mask=tile)
 
 
-# The fields of Mass, in their order.
-MASS = "Tensor? log_mass_HS, Tensor? gamma, Tensor? positions, Tensor? cu_seqlens, SymInt length"
-
-
-@triton_op("sm_flex::remask_", mutates_args={"out"}, schema=f"(Tensor(a!) out, Tensor lse, {MASS}) -> Tensor")
-def remask_in_place_op(out: Tensor, lse: Tensor, *mass: Any) -> Tensor:
+# Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here.
+@triton_op("sm_flex::remask_", mutates_args={"out"})
+def remask_in_place_op(
+    out: Tensor,
+    lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+) -> Tensor:
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
     if out.device.type == "cpu":
-        new_out, new_lse = _reference(out, lse, Mass(*mass))
+        new_out, new_lse = _reference(out, lse, mass)
         out.copy_(new_out)
         return new_lse
     new_lse = torch.empty_like(lse)
-    _launch(wrap_triton(remask_kernel), out, out, lse, new_lse, Mass(*mass), in_place=True)
+    _launch(wrap_triton(remask_kernel), out, out, lse, new_lse, mass, in_place=True)
     return new_lse
 
 
-@triton_op("sm_flex::remask", mutates_args={}, schema=f"(Tensor out, Tensor lse, {MASS}) -> (Tensor, Tensor)")
-def remask_op(out: Tensor, lse: Tensor, *mass: Any) -> tuple[Tensor, Tensor]:
+@triton_op("sm_flex::remask", mutates_args={})
+def remask_op(
+    out: Tensor,
+    lse: Tensor,
+    log_mass: Tensor | None,
+    gamma: Tensor | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
     if out.device.type == "cpu":
-        return _reference(out, lse, Mass(*mass))
+        return _reference(out, lse, mass)
     new_out, new_lse = torch.empty_like(out), torch.empty_like(lse)
-    _launch(wrap_triton(remask_kernel), out, new_out, lse, new_lse, Mass(*mass), in_place=False)
+    _launch(wrap_triton(remask_kernel), out, new_out, lse, new_lse, mass, in_place=False)
     return new_out, new_lse
 
 
