@@ -1,4 +1,4 @@
-"""What can be known of the flex engine without a CUDA device: the block lists, and the engine where torch lets it differentiate."""
+"""What can be known of the flex engine without a GPU: its block lists, and its gradients where torch lets it differentiate."""
 
 import math
 
