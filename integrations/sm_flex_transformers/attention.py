@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import keywords, layer_masks, masks
+from sm_flex_transformers import forwards, keywords, layer_masks, masks
 
 
 def stablemask_attention(
@@ -44,13 +44,14 @@ def stablemask_attention(
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
             sinks, a bias on the scores, missing or multi-axis position_ids, a keyword that is not known.
     """
+    forwards.note_call()
     _check(module, is_causal, position_ids, kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
     num_positions = num_queries if position_ids is None else position_ids.shape[1]
     if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
         key, value = key[:, :, :num_positions], value[:, :, :num_positions]
         num_keys = num_positions
-    seen = masks.read(attention_mask, num_queries, num_keys)
+    seen = masks.read(attention_mask, position_ids, num_queries, num_keys)
     if position_ids is None:
         _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
     positions, visible = position_ids, seen.visible
@@ -90,7 +91,7 @@ def _check(module: nn.Module, is_causal: bool | None, position_ids: Tensor | Non
 
 def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:
     """Without position_ids only a plain call is served: the positions 0..S-1, no mask and no cache."""
-    if masked or masks.lost_positions(num_queries):
+    if masked or forwards.lost_positions(num_queries):
         raise ValueError(
             f"{type(module).__name__} got no position_ids, and this call has a mask, a cache or positions of its own, so "
             "stablemask cannot tell where its rows are: pass position_ids to the model. Where that does not help, the model does "

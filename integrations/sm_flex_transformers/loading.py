@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from sm_flex_transformers import masks, settings
+from sm_flex_transformers import forwards, settings
 from sm_flex_transformers.interface import check_looks_up
 
 NAMES = ("stablemask",)
@@ -32,9 +32,9 @@ def install() -> None:
         if requested_attention in NAMES:
             check_looks_up(type(self))
         chosen = choose(self, requested_attention, *args, **kwargs)
-        settings.link_sub_configs(self.config)
-        if chosen in NAMES:
-            _watch_positions(self)
+        settings.hand_down(self.config)
+        if chosen in NAMES or _text_attention(self.config) in NAMES:
+            forwards.watch(self)
         else:
             _warn_if_asked(self.config)
         return chosen
@@ -45,26 +45,26 @@ def install() -> None:
             check_looks_up(type(self))
         change(self, attn_implementation, *args, **kwargs)
         if _names_ours(attn_implementation):
-            settings.link_sub_configs(self.config)
+            settings.hand_down(self.config)
+            forwards.watch(self)
             for module in self.modules():
                 if isinstance(module, PreTrainedModel) and module.config is self.config.get_text_config():
                     check_looks_up(type(module))
-                    _watch_positions(module)
+                    forwards.watch(module)
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
     PreTrainedModel.set_attn_implementation = set_attn_implementation
-
-
-def _watch_positions(model: PreTrainedModel) -> None:
-    """Lets the attention know which position_ids its model was called with: not every model hands them on."""
-    if masks.note_position_ids not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(masks.note_position_ids, with_kwargs=True)
 
 
 def _names_ours(attn_implementation: Any) -> bool:
     if isinstance(attn_implementation, Mapping):
         return any(map(_names_ours, attn_implementation.values()))
     return attn_implementation in NAMES
+
+
+def _text_attention(config: Any) -> str | None:
+    """Of a composite model, the attention of its text, where it has one text."""
+    return config.text_config._attn_implementation if "text_config" in config.sub_configs else None
 
 
 def _warn_if_asked(config: Any) -> None:

@@ -3,7 +3,6 @@
 Dimension letters: B sequences, S queries, P positions (S, or more where the model dropped rows), T keys.
 """
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
+from sm_flex_transformers import forwards
 from sm_flex_transformers.interface import check_model_type
 
 NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
@@ -35,17 +35,9 @@ class Seen(NamedTuple):
     padding: Padding | None
 
 
-class _Forward:
-    """What a layer is not handed, of the forward that is running."""
-
-    masked = False  # whether stablemask_mask was given a 2-D attention_mask: where it returns None, nothing else tells
-    position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
-
-
-_FORWARD = _Forward()
 # Every layer of a forward is handed the same tensors, and reading one on a GPU waits for it: what was found out is kept.
 # Masks of stablemask_mask, by their memory, since a model may hand on a slice.
-_MADE: dict[StorageWeakRef, Seen] = {}
+_MADE: dict[StorageWeakRef, tuple[int, Seen]] = {}
 _RESTARTS = WeakIdKeyDictionary()  # position ids: (version, masked, padding, whether a document starts within)
 
 
@@ -63,7 +55,7 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
             "attn_implementation"
         )
     mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
-    _FORWARD.masked = padding is not None
+    forwards.note_mask(padding)
     if mask is None or not has_values(mask):
         return mask
     first_query, num_queries = kwargs.get("q_offset", 0), mask.shape[2]
@@ -73,23 +65,8 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     for memory in [memory for memory in tuple(_MADE) if memory.expired()]:
         _MADE.pop(memory, None)
     made = Seen(None, False, padding is not None, None if padding is None else _padding(padding, first_query, num_queries))
-    _MADE[StorageWeakRef(mask.untyped_storage())] = made
+    _MADE[StorageWeakRef(mask.untyped_storage())] = _version(mask), made
     return mask
-
-
-def note_position_ids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of models, for those whose attention is handed no position_ids."""
-    if not torch.compiler.is_compiling():
-        given = kwargs.get("position_ids")
-        _FORWARD.position_ids = weakref.ref(given) if isinstance(given, Tensor) else None
-
-
-def lost_positions(num_queries: int) -> bool:
-    """Whether the model was called with position_ids other than 0..S-1. For a layer that is handed none."""
-    given = None if _FORWARD.position_ids is None else _FORWARD.position_ids()
-    if given is None or torch.compiler.is_compiling() or not has_values(given):
-        return False
-    return given.shape[-1] == num_queries and not bool((given == torch.arange(num_queries, device=given.device)).all())
 
 
 def _padding(mask_BT: Tensor, first_query: int | Tensor, num_queries: int) -> Padding:
@@ -105,16 +82,22 @@ def has_values(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-def read(mask: Tensor | None, num_queries: int, num_keys: int) -> Seen:
+def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num_keys: int) -> Seen:
     """What a layer was given. A mask that the user made may be a float padding mask."""
+    masked = forwards.came_with_a_mask(position_ids)
     if mask is None:
-        return Seen(None, False, _FORWARD.masked, None)
+        return Seen(None, False, masked, None)
     if not has_values(mask):
-        return Seen(_traced(mask, num_queries, num_keys), False, _FORWARD.masked, None)
-    made = _MADE.get(StorageWeakRef(mask.untyped_storage()))
-    if made is not None:
+        return Seen(_traced(mask, num_queries, num_keys), False, masked, None)
+    version, made = _MADE.get(StorageWeakRef(mask.untyped_storage())) or (None, None)
+    if made is not None and version == _version(mask):
         return made._replace(visible=mask)
     return Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
+
+
+def _version(mask: Tensor) -> int:
+    """Of the tensor and its views: a write in place moves it on. A tensor of inference mode has none."""
+    return 0 if mask.is_inference() else mask._version
 
 
 def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:

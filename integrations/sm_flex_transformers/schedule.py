@@ -46,13 +46,14 @@ class GammaSchedule(TrainerCallback):
         return [math.exp((1 - done) * math.log(self.start) + done * math.log(target)) for target in targets]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        settings.hand_down(model.config)
         config = model.config.get_text_config()
         if config._attn_implementation != "stablemask":
             raise ValueError(
                 f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
                 'load it so, or model.set_attn_implementation("stablemask")'
             )
-        given = (settings.asked(config) or {}).get("gamma", self.target)
+        given = (getattr(config, "stablemask", None) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.
         if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
             raise ValueError(
@@ -65,4 +66,4 @@ class GammaSchedule(TrainerCallback):
 
     def _set(self, state: Any, config: Any) -> None:
         gamma = self.gamma(state.global_step, config.num_attention_heads)
-        config.stablemask = {**(settings.asked(config) or {}), "gamma": gamma}
+        config.stablemask = {**(getattr(config, "stablemask", None) or {}), "gamma": gamma}

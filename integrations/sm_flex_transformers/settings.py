@@ -1,6 +1,6 @@
 """config.stablemask of a model's config: {"gamma": "headwise" | number | one number a head, "length": N}."""
 
-import weakref
+import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,29 +20,34 @@ class Settings(NamedTuple):
     length: int
 
 
-# Of the configs of a composite model's parts: the config that holds each. Weakly, since that one holds the part.
-_WHOLE = WeakIdKeyDictionary()
+# Composite models' configs: the setting of the whole that their text was last given.
+_HANDED_DOWN = WeakIdKeyDictionary()
 
 
-def link_sub_configs(config: Any) -> None:
-    """Lets the parts of a composite config find what stands in the whole."""
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None and part is not config:
-            _WHOLE[part] = weakref.ref(config)
-            link_sub_configs(part)
+def hand_down(config: Any) -> None:
+    """Gives the text of a composite model the setting of the whole. One that it has already counts until the whole's changes.
+
+    Raises:
+        ValueError: the model has several texts: set config.stablemask on the part.
+    """
+    whole = getattr(config, "stablemask", None)
+    if whole is None or (config in _HANDED_DOWN and _HANDED_DOWN[config] == whole):
+        return
+    text = config.get_text_config()
+    if text is not config and config in _HANDED_DOWN:
+        text.stablemask = whole
+    hand_down_first(config)
+    _HANDED_DOWN[config] = copy.deepcopy(whole)
 
 
-@torch._dynamo.assume_constant_result
-def _asked_of_the_whole(config: Any) -> Any:
-    whole = _WHOLE[config]() if config in _WHOLE else None
-    return None if whole is None else asked(whole)
-
-
-def asked(config: Any) -> Any:
-    """config.stablemask; where a composite model's part has none, that of the whole. None: nothing is asked."""
-    own = getattr(config, "stablemask", None)
-    return own if own is not None else _asked_of_the_whole(config)
+def hand_down_first(config: Any) -> None:
+    """hand_down() to a text that has no setting yet, which is all that a trace may do: it compiles anew when one appears."""
+    whole = getattr(config, "stablemask", None)
+    if whole is None:
+        return
+    text = config.get_text_config()
+    if text is not config and getattr(text, "stablemask", None) is None:
+        text.stablemask = whole
 
 
 def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings:
@@ -54,12 +59,13 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
-    whole = config
+    given = getattr(config, "stablemask", None)
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
-    given = getattr(config, "stablemask", None)
+        own = getattr(config, "stablemask", None)
+        given = given if own is None else own
     if given is None:
-        given = asked(whole) or {}
+        given = {}
     if not isinstance(given, dict):
         raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")
     unknown = sorted(set(given) - set(KEYS))
@@ -68,7 +74,9 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     gamma = given.get("gamma", "headwise")
     if isinstance(gamma, list):
         gamma = tuple(gamma)
-    make = _cached_gamma if keep else _gamma
+    # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.
+    plain = all(type(x) in (int, float, str) for x in (gamma if isinstance(gamma, tuple) else (gamma,)))
+    make = _cached_gamma if keep and plain else _gamma
     heads = getattr(config, "num_attention_heads_per_layer", None)  # Laguna
     num_heads = config.num_attention_heads if heads is None or layer is None else heads[layer]
     return Settings(make(gamma, num_heads, device), _length(given.get("length"), config))

@@ -1,5 +1,6 @@
 """Which rows belong together, and where each is: gaps behind padding, packed documents, rows that a model drops."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,6 +114,56 @@ def test_a_model_that_keeps_its_positions_to_itself_is_refused_where_they_matter
     ):
         logits(model, ids, position_ids=torch.tensor([DOCUMENTS["from 0"]]))
     agree(logits(model, ids), logits(model, ids, use_cache=False))  # and the next plain call is served
+    with torch.no_grad(), pytest.raises(ValueError, match="PersimmonAttention got no position_ids"):
+        model.model(ids, None, torch.tensor([DOCUMENTS["from 0"]]))  # by its place among the arguments
+
+
+def test_and_when_it_is_compiled(fresh_compiler: None) -> None:
+    model = model_of(PersimmonConfig(**COMMON)).model
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(input_ids=tokens(1, 7))
+        for call in (
+            lambda where: compiled(input_ids=tokens(1, 7), position_ids=where),
+            lambda where: compiled(tokens(1, 7), None, where),
+        ):
+            with pytest.raises(Exception, match="PersimmonAttention got no position_ids"):
+                call(torch.tensor([DOCUMENTS["from 0"]]))
+
+
+def test_gaps_are_those_of_their_own_forward_when_a_layer_runs_again() -> None:
+    """Gradient checkpointing: the layers run again in the backward, after another forward without a mask."""
+    inputs = renamed(padded(0, [0, 3, 4, 9]))
+    grads = []
+    for checkpointing in (False, True):
+        model = model_of(LlamaConfig(**COMMON)).train()
+        if checkpointing:
+            newer = getattr(model, "activation_checkpointing_enable", None)  # the newer name
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": True})
+            model.enable_input_require_grads()
+        loss = model(inputs["ids"], **{k: v for k, v in inputs.items() if k != "ids"}, use_cache=False).logits.square().sum()
+        model(tokens(1, 4), use_cache=False)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    agree(grads[1], grads[0])
+
+
+def test_threads_do_not_hear_of_each_other() -> None:
+    """One model in several threads, with and without a mask of ones, on positions with gaps."""
+    model, kept = model_of(LlamaConfig(**COMMON)), padded(0, [0, 3, 4, 9])
+
+    def call(masked: bool) -> Tensor:
+        inputs = renamed(kept)
+        inputs["position_ids"] = inputs["position_ids"].clone()
+        if not masked:
+            del inputs["attention_mask"]
+        return logits(model, **inputs)
+
+    right = [call(False), call(True)]
+    assert (right[0] - right[1]).abs().max() > 1e-3
+    with ThreadPoolExecutor(4) as pool:
+        for i, out in enumerate(pool.map(call, [i % 2 == 1 for i in range(60)])):
+            agree(out, right[i % 2])
 
 
 def gemma4() -> PreTrainedModel:

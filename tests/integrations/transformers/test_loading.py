@@ -1,5 +1,7 @@
 """Where a model is loaded or told to change its attention: who is refused, who is warned, and whose setting counts."""
 
+import copy
+import io
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +103,34 @@ def test_a_model_whose_source_cannot_be_read_is_trusted() -> None:
     assert scope["Typed"](config)(tokens(1, 5)).logits.isfinite().all()
 
 
+OWN_ATTENTION = """
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
+
+class Attends(Base):
+    def __init__(self, config, **more):
+        super().__init__()
+        self.config, self.o_proj = config, torch.nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, **more):
+        x = hidden_states[:, None]
+        return self.o_proj(F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]), None
+"""
+
+
+def test_a_model_that_attends_by_itself_is_refused_at_its_first_forward() -> None:
+    """Its code cannot be known from here, but that it ran without a call of ours can."""
+    scope: dict[str, Any] = {"__name__": "elsewhere", "torch": torch, "Base": torch.nn.Module}
+    exec(OWN_ATTENTION, scope)
+    model = model_of(CONFIGS["llama"]()).float()
+    model(tokens(1, 5))
+    other = model_of(CONFIGS["llama"]()).float()
+    for layer in other.model.layers:
+        layer.self_attn = scope["Attends"](other.config)
+    with pytest.raises(NotImplementedError, match="LlamaModel ran without calling stablemask"):
+        other(tokens(1, 5))
+
+
 def test_no_other_attention_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """For any other name the wrapped methods call nothing of ours that could refuse, and answer as they did."""
 
@@ -192,6 +222,45 @@ def test_the_setting_of_a_composite_model_counts_for_its_text() -> None:
     agree(logits(model), right)
 
 
+def test_the_setting_of_a_composite_model_goes_with_its_copies_and_its_parts() -> None:
+    model = composite(whole=A)
+    right = logits(model)
+    agree(logits(copy.deepcopy(model)), right)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    agree(logits(loaded), right)
+    loaded.config.stablemask = B
+    agree(logits(loaded), logits(composite(whole=B)))
+    text, ids = model.model.language_model, torch.arange(2, 14)[None]
+    with torch.no_grad():
+        before = text(ids).last_hidden_state
+        del model
+        agree(text(ids).last_hidden_state, before)
+
+
+def test_a_setting_of_the_text_that_changes_afterwards_counts() -> None:
+    """As GammaSchedule writes it, step by step; then the whole's, once that changes."""
+    model = composite(whole=A)
+    logits(model)
+    model.config.get_text_config().stablemask = B
+    agree(logits(model), logits(composite(text=B)))
+    model.config.stablemask = {**A, "gamma": 0.5}
+    agree(logits(model), logits(composite(text={**A, "gamma": 0.5})))
+
+
+def test_a_composite_model_compiles_with_a_setting_of_the_whole(fresh_compiler: None) -> None:
+    model = composite(whole=A)
+    compiled = torch.compile(model, backend="eager")
+    agree(logits(compiled), logits(model))
+    unset = composite()
+    compiled = torch.compile(unset, backend="eager")
+    agree(logits(compiled), logits(unset))
+    unset.config.stablemask = A
+    agree(logits(compiled), logits(model))
+
+
 def test_the_setting_of_a_composite_model_is_saved_and_loaded(tmp_path: Path) -> None:
     model = composite(whole=A)
     model.save_pretrained(tmp_path)
@@ -230,7 +299,7 @@ def test_the_setting_of_the_whole_counts_where_layers_have_configs_of_their_own(
 def test_a_wrong_setting_of_the_whole_is_refused() -> None:
     with pytest.raises(ValueError, match="must be >= 0"):
         logits(composite(whole={"gamma": -1.0, "length": 9}))
-    assert settings.asked(composite(whole=A).config.get_text_config()) == A
+    assert composite(whole=A).config.get_text_config().stablemask == A
 
 
 def test_layers_with_other_numbers_of_heads_each_get_their_own() -> None:

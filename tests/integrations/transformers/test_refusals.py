@@ -40,6 +40,8 @@ def llama(**changes: Any) -> PreTrainedModel:
         ({"gamma": "steep"}, TypeError, "\"headwise\", a number or a list of numbers, got 'steep'"),
         ({"gamma": True}, TypeError, "got True"),
         ({"gamma": None}, TypeError, "got None"),
+        ({"gamma": {"a": 1}}, TypeError, "must be \"headwise\", a number or a list of numbers, got {'a': 1}"),
+        ({"gamma": [0.1, [2], 3, 4, 5, 6]}, TypeError, 'must be "headwise", a number or a list of numbers'),
         ({"length": 0}, ValueError, '"length"\\] must be at least 1, got 0'),
         ({"length": 2.5}, TypeError, "must be an int, the training length, got 2.5"),
         ({"lenght": 5}, ValueError, "knows gamma and length, got 'lenght'"),
@@ -49,6 +51,25 @@ def llama(**changes: Any) -> PreTrainedModel:
 def test_a_wrong_setting(setting: Any, error: type, why: str) -> None:
     with pytest.raises(error, match=why):
         llama(stablemask=setting)(tokens(1, 5))
+
+
+def test_true_is_no_number_even_after_1() -> None:
+    llama(stablemask={"gamma": 1, "length": 9})(tokens(1, 5))
+    with pytest.raises(TypeError, match="got True"):
+        llama(stablemask={"gamma": True, "length": 9})(tokens(1, 5))
+
+
+def test_a_mask_of_ours_that_was_written_to_is_read_anew() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    model = llama(_attn_implementation="stablemask")
+    padding = torch.tensor([[0, 1, 1, 1, 1]])
+    mask = create_causal_mask(model.config, torch.zeros(1, 5, 48, dtype=torch.float64), padding, None)
+    assert mask is not None
+    model(tokens(1, 5), attention_mask=mask)
+    mask[..., :4, 4] = True
+    with pytest.raises(NotImplementedError, match="lets a query see a later key"):
+        model(tokens(1, 5), attention_mask=mask)
 
 
 def test_a_missing_setting_is_headwise_at_max_position_embeddings() -> None:
