@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,7 +53,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "census" not in config.option.markexpr:  # minutes long: only where it is asked for by name
+        left_out = [item for item in items if item.get_closest_marker("census")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if IS_WORKER:
         items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
@@ -60,6 +65,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What came of the census: the tests' reports carry it, so that it arrives from the workers of pytest-xdist too."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = dict(value for report in reports for name, value in report.user_properties if name == "census")
+    if found:
+        from tests.helpers.census.report import lines, revive
+
+        terminalreporter.section("census")
+        for line in lines(revive(found)):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

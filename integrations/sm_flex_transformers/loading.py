@@ -17,7 +17,7 @@ from sm_flex_transformers import masks, settings
 from sm_flex_transformers.interface import check_looks_up
 
 NAMES = ("stablemask",)
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.sm_flex")  # under the root that transformers.logging.set_verbosity() sets
 
 
 def install() -> None:

@@ -49,29 +49,61 @@ SOFT_CAPPED = Gemma2Config(
 )  # fmt: skip
 
 
-def oracle_attention(
-    module: Any,
+def eq_11(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    position_ids: Tensor,
-    **other: Any,
-) -> tuple[Tensor, None]:
-    setting = module.config.stablemask
-    assert setting["gamma"] == "headwise"
+    *,
+    gamma: float | Tensor,
+    length: int,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
+
+    A float mask is of the model's own making, and says by itself who sees whom.
+    """
+    by_the_model = mask is not None and mask.dtype != torch.bool
+    visible = mask == 0 if mask is not None and by_the_model else mask
+    if position_ids is not None:
+        position_ids = position_ids[:, -query.shape[2] :]
+        if query.shape[2] == key.shape[2] and not by_the_model:
+            document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+            same = document[:, None, :, None] == document[:, None, None, :]
+            visible = same if visible is None else visible & same
+    bias = None
+    if softcap is not None:
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        bias = torch.tanh(scores / softcap) * softcap - scores
     out, _ = oracle(
-        query,
-        key,
-        value,
-        gamma=headwise_gamma(query.shape[1]),
-        length=setting["length"],
-        positions=position_ids,
-        visible=attention_mask,
-        scale=scaling,
+        query, key, value, gamma=gamma, length=length, positions=position_ids, visible=visible, bias=bias, scale=scaling
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+def oracle_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """Equation 11 with head-wise gamma, and the keys that a model's indexer selects."""
+    setting = getattr(module.config, "stablemask", None) or COMMON["stablemask"]
+    assert setting["gamma"] == "headwise"
+    indices, blocks = given.get("indices"), given.get("block_indices")
+    if indices is not None:
+        assert attention_mask is not None
+        keys = torch.arange(key.shape[2])
+        attention_mask = attention_mask & (indices[..., None] == keys).any(2)[:, None]
+    if blocks is not None:
+        attention_mask = module.indexer.build_block_mask(
+            blocks, attention_mask, key.shape[2], query.dtype, query.device, given["position_ids"]
+        )
+    out = eq_11(
+        query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
+        scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
+    )  # fmt: skip
+    return out, None
 
 
 def full_mask(*args: Any, **kwargs: Any) -> Tensor | None:

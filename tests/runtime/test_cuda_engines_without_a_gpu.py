@@ -1,6 +1,5 @@
 """What can be known of the CUDA engines on a machine without one: that their calls fit torch's ops, and who is chosen."""
 
-import math
 from typing import Any
 
 import pytest
@@ -8,20 +7,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sm_flex.engines import Call, Need, autograd, choose, efficient, torch_choice
 from sm_flex.epilogue import remask as epilogue_module
-from sm_flex.mass.closed_form import largest_pseudo_score
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import HAS_TRITON
 from sm_flex.score_mod import stablemask
-from sm_flex.testing import assert_matches_eq11, oracle
-from sm_flex.visibility.blocks import narrow_block_mask
-from sm_flex.visibility.rows import block_mask_rows, causal_rows
-from tests.helpers.problems import qkv
 
 CUDA = "cuda"
 fake_cuda = pytest.mark.skipif(
@@ -222,95 +215,6 @@ def test_who_serves_packed_documents(device: str, dtype: torch.dtype, dim: int, 
         q = torch.empty(7, 4, dim, device=device, dtype=dtype)
         assert choose.choose(Need(q, q, q, packed=True)) == engine
         assert choose.choose(Need(q, q, q, packed=True, lse_grad=True)) == ("dense" if dim > 248 and device == CUDA else engine)
-
-
-@pytest.mark.parametrize("block", [16, 128])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(64, 64), (200, 200), (40, 200), (200, 131)])
-@pytest.mark.parametrize("kind", ["none", "window", "everything", "per head"])
-def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: int, num_keys: int, block: int):
-    """From block indices alone, what flex will see is the mask and causality: in the lists, and within partial blocks."""
-    mods = {
-        "window": lambda b, h, i, j: i - j < 30,
-        "everything": lambda b, h, i, j: i >= 0,
-        "per head": lambda b, h, i, j: (i - j < 30) | (h == 1),
-    }
-    causal = causal_rows(num_queries, num_keys, torch.device("cpu"))(0, num_queries)
-    expected = causal
-    block_mask = None
-    heads = 2 if kind == "per head" else 1
-    if kind != "none":
-        block_mask = create_block_mask(
-            mods[kind], None, heads if heads > 1 else None, num_queries, num_keys, device="cpu", BLOCK_SIZE=block
-        )
-        b, h, i, j = (torch.arange(n) for n in (1, heads, num_queries, num_keys))
-        expected = causal & mods[kind](b[:, None, None, None], h[:, None, None], i[:, None], j)
-    narrowed = narrow_block_mask(block_mask, num_queries, num_keys, torch.device("cpu"))
-    # block_mask_rows reads the lists as flex does: full blocks whole, partial blocks by mask_mod.
-    seen = block_mask_rows(narrowed, num_queries, num_keys, heads, 1, ordered=False)(0, num_queries)
-    assert torch.equal(seen.expand(1, heads, -1, -1), expected.expand(1, heads, -1, -1))
-    # The lists of the backward say the same, transposed.
-    assert narrowed.q_num_blocks is not None
-    assert narrowed.q_num_blocks.sum() == narrowed.kv_num_blocks.sum()
-    if block_mask is None:
-        # Nothing above the diagonal is listed, and below it blocks are full.
-        assert narrowed.full_kv_num_blocks is not None
-        assert (narrowed.kv_num_blocks <= -(-128 // 128) + 1).all()
-
-
-def test_narrowing_is_done_once_for_a_block_mask():
-    block_mask = create_block_mask(lambda b, h, i, j: i - j < 30, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
-    device = torch.device("cpu")
-    assert narrow_block_mask(block_mask, 64, 64, device) is narrow_block_mask(block_mask, 64, 64, device)
-    assert narrow_block_mask(None, 64, 64, device) is narrow_block_mask(None, 64, 64, device)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("with_lse_grad", [False, True])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch):
-    """torch's eager flex differentiates on a CPU once its device check is out of the way: the engine as a GPU would run it."""
-    import torch.nn.attention.flex_attention as torch_flex
-
-    from sm_flex.engines import flex
-
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
-    real = torch_flex._apply_kernel_options
-
-    def with_lse(*args, **kwargs):
-        return {**real(*args, **kwargs), "OUTPUT_LOGSUMEXP": True}
-
-    monkeypatch.setattr(torch_flex, "_apply_kernel_options", with_lse)
-    # Unordered, the BlockMask must itself be causal; ordered, it is narrowed.
-    block_mask = create_block_mask(
-        lambda b, h, i, j: (i - j < 30) & (ordered | (j <= i)), None, None, 64, 64, device="cpu", BLOCK_SIZE=16
-    )
-
-    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor):
-        positions = None if ordered else torch.arange(64)
-        mask = stablemask(
-            gamma, length=70, positions=positions, ordered=ordered, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j)
-        )
-        mass = mask.mass(q.device, 64, 64, torch.float32)
-        out, lse, _ = flex.attend(
-            q, k, v, mask, mass, scale=0.25, block_mask=block_mask, kernel_options={}, max_scores=False
-        )  # fmt: skip
-        return out, lse
-
-    i = torch.arange(64)
-    kwargs = {"length": 70, "scale": 0.25, "visible": i[:, None] - i < 30, "bias": -0.1 * (i[:, None] - i)}
-    inputs = [*qkv(2, 4, 2, 64, 64, 16, torch.float32), torch.tensor([0.5, 0.1, 0.01, 0.0])]
-    assert_matches_eq11(run, inputs, kwargs, with_lse_grad=with_lse_grad)
-
-
-def test_row_maxima_are_those_of_the_whole_row():
-    """max_scores of A_SM: the largest pseudo score of row p is -(p+1) gamma, and row N-1 has none."""
-    largest = largest_pseudo_score(torch.tensor(0.5), torch.arange(5), 4)
-    assert largest.tolist() == [[-0.5, -1.0, -1.5, -math.inf, -2.5]]
-    q = k = torch.zeros(1, 1, 5, 2)
-    _, lse = oracle(q, k, k, gamma=0.5, length=4)
-    assert (lse >= largest).all()
-    each = stablemask(0.5, length=4).largest_pseudo_score(torch.device("cpu"), 5, 5)
-    assert torch.equal(each, largest)
 
 
 @fake_cuda
