@@ -84,6 +84,6 @@ def _check_gqa(attention: Any) -> None:
 def _length(length: Any, training: int) -> int:
     if length is None:
         return training
-    if length_from(length) < training:
+    if type(length) is int and length < training:
         raise ValueError(f"length must be at least training.seq_len, {training}, got {length}: leave it out for {training}")
-    return length
+    return length_from(length)
