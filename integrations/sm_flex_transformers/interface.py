@@ -19,7 +19,7 @@ def check_looks_up(model: type[PreTrainedModel]) -> None:
         way_out = "" if model.main_input_name == "input_ids" else '; give it to the text alone, {"text_config": "stablemask"}'
         raise NotImplementedError(
             f"{model.__name__} models do not use Transformers' attention interface: attn_implementation has no effect on "
-            f"them{way_out}"
+            f"them, and stablemask cannot serve them{way_out}"
         )
 
 

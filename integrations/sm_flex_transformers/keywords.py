@@ -56,7 +56,10 @@ def check(module: nn.Module, kwargs: dict[str, Any]) -> None:
         if value is None or value is False or name in HARMLESS or name in SELECTIONS:
             continue
         if name in REFUSED:
-            raise NotImplementedError(f"{type(module).__name__} has {REFUSED[name]} ({name}), which stablemask does not take")
+            raise NotImplementedError(
+                f"{type(module).__name__} has {REFUSED[name]} ({name}), which stablemask does not take: use another "
+                "attn_implementation"
+            )
         raise NotImplementedError(
             f"{type(module).__name__} hands its attention {name}=, which stablemask does not know: it may change who sees whom "
             "or the scores, so it is not left out in silence"

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -35,6 +36,7 @@ def install() -> None:
         settings.hand_down(self.config)
         if chosen in NAMES or _text_attention(self.config) in NAMES:
             forwards.watch(self)
+            _check_settings(self.config)
         else:
             _warn_if_asked(self.config)
         return chosen
@@ -65,6 +67,20 @@ def _names_ours(attn_implementation: Any) -> bool:
 def _text_attention(config: Any) -> str | None:
     """Of a composite model, the attention of its text, where it has one text."""
     return config.text_config._attn_implementation if "text_config" in config.sub_configs else None
+
+
+def _check_settings(config: Any) -> None:
+    """A wrong setting is refused before the weights are loaded, and one that was left out is named."""
+    if "text_config" in config.sub_configs:
+        return  # the text model is asked when it is built
+    if getattr(config, "stablemask", None) is None:
+        logger.warning_once(
+            f"this {config.model_type} model has no config.stablemask: it runs head-wise with N = max_position_embeddings, "
+            f"{getattr(config, 'max_position_embeddings', None)}, and nothing of that is saved. Set config.stablemask = "
+            '{"gamma": "headwise", "length": N}, N the training length'
+        )
+    elif not getattr(config, "is_heterogeneous", False):
+        settings.read(config, None, torch.device("cpu"))
 
 
 def _warn_if_asked(config: Any) -> None:

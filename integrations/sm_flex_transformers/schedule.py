@@ -4,9 +4,12 @@ import math
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from sm_flex import headwise_gamma
 from sm_flex_transformers import settings
+
+logger = logging.get_logger("transformers.sm_flex")
 
 
 class GammaSchedule(TrainerCallback):
@@ -57,8 +60,12 @@ class GammaSchedule(TrainerCallback):
         # A resumed run finds the value that the schedule left.
         if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
             raise ValueError(
-                f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: pass target={given!r}'
+                f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: '
+                f"pass target={given!r}, or, where an earlier schedule was cut short, resume from its checkpoint"
             )
+        last = getattr(state, "max_steps", 0) or self.steps
+        if last < self.steps:
+            logger.warning(f"GammaSchedule takes {self.steps} steps, the training {last}: it ends before gamma is at its target")
         self._set(state, config)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

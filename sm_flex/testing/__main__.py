@@ -47,7 +47,9 @@ def load(target: str) -> Callable[..., Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m sm_flex.testing", description="Is this function StableMask?")
-    parser.add_argument("target", metavar="module:function", help="called as sm_flex/testing/contract.py says")
+    parser.add_argument(
+        "target", metavar="module:function", help="called as function(q, k, v, *, gamma, length, positions, visible, scale)"
+    )
     parser.add_argument("--max-examples", type=int, default=50, metavar="N", help="problems per law (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where they are (default %(default)s)")

@@ -115,6 +115,7 @@ def check_attention(
         The Report, if no law failed.
 
     Raises:
+        ValueError: fn cannot be called like that.
         NotStableMask: an AssertionError, whose message is the report with the smallest failing problem of each law as code.
         ModuleNotFoundError: hypothesis is not installed (pip install 'sm-flex[testing]').
     """
@@ -129,6 +130,7 @@ def each_law(
     fn: Attention, *, grads: bool, dtype: torch.dtype, device: str, max_examples: int, seed: int = 0
 ) -> Iterator[Result]:
     """The result of each law, as soon as it is known."""
+    check_signature(fn)
     for name, law, problems, why_not in plan(fn, grads=grads, dtype=dtype, device=device):
         yield Result(name, "not run", why=why_not) if why_not else search(name, law, fn, problems, max_examples, seed)
 
@@ -151,6 +153,20 @@ def plan(fn: Attention, *, grads: bool, dtype: torch.dtype, device: str) -> list
         )
         steps.append((name, law.check, drawn, missing[0] if missing else ""))
     return steps
+
+
+def check_signature(fn: Attention) -> None:
+    """Raises ValueError where fn cannot be called as contract.py says: every law would fail by that alone."""
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # a builtin without one
+        return
+    try:
+        signature.bind("q", "k", "v", **dict.fromkeys(("gamma", "length", "positions", "visible", "scale")))
+    except TypeError as error:
+        raise ValueError(
+            f"{name_of(fn)}{signature} must take (q, k, v, *, gamma, length, positions, visible, scale): {error}"
+        ) from error
 
 
 def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:

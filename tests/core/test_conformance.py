@@ -178,6 +178,14 @@ def test_what_fn_refuses_is_not_run_and_never_passed():
     assert not set(why) & set(report.passed)
 
 
+def test_a_fn_of_another_signature_is_refused_at_once(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match=r"must take \(q, k, v, \*, gamma, length, positions, visible, scale\)"):
+        check_attention(lambda q, k, v: q)
+    with pytest.raises(SystemExit) as stop:
+        main(["sm_flex:stablemask"])
+    assert (stop.value.code, "must take (q, k, v" in capsys.readouterr().err) == (2, True)
+
+
 def test_a_fn_that_swallows_keywords_is_given_no_sink():
     """As one written before there were sinks; no law can then fail on a sink that it never saw."""
     seen = []
