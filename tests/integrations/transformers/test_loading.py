@@ -178,6 +178,23 @@ def test_a_config_with_stablemask_under_another_attention_is_warned_about(warnin
     assert isinstance(loading.logger, logging.Logger)
 
 
+def test_a_setting_that_was_left_out_is_named(warnings_of: list[str], tmp_path: Path) -> None:
+    """What a model ran with is then not saved: a later load cannot know it."""
+    config = CONFIGS["llama"]()
+    config.stablemask = None
+    model_of(config)
+    (said,) = set(warnings_of)
+    assert "this llama model has no config.stablemask: it runs head-wise with N = max_position_embeddings, 64" in said
+
+
+def test_a_wrong_setting_is_refused_at_the_load(tmp_path: Path) -> None:
+    model_of(CONFIGS["llama"]()).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.stablemask = {"gama": 0.5}
+    with pytest.raises(ValueError, match="knows gamma and length, got 'gama'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="stablemask")
+
+
 def composite(whole: Any = None, text: Any = None) -> Gemma3ForConditionalGeneration:
     """A model of text and images: config.stablemask of the whole, and of its text part."""
     text_sizes = {

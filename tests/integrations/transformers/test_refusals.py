@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sm_flex_transformers import GammaSchedule, settings, stablemask_attention
+from sm_flex_transformers import GammaSchedule, schedule, settings, stablemask_attention
 from tests.helpers.transformers_models import COMMON, CONFIGS, LENGTH, agree, config_class, model_of, tokens
 
 LOWEST = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
@@ -272,6 +272,16 @@ def test_a_schedule_for_another_attention_or_another_gamma_is_refused() -> None:
     begin(GammaSchedule(5, target=0.5), llama(**half))
     begin(GammaSchedule(5), llama(stablemask=None))
     begin(GammaSchedule(5), llama(stablemask={"gamma": GammaSchedule(5).gamma(3, 6), "length": LENGTH}), step=3)
+
+
+def test_a_schedule_longer_than_the_training_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(schedule.logger, "warning", heard.append)
+    for steps in (8, 9):
+        GammaSchedule(steps).on_train_begin(None, SimpleNamespace(global_step=0, max_steps=8), None, model=llama(stablemask=None))
+    assert [x for x in heard if x.startswith("Gamma")] == [
+        "GammaSchedule takes 9 steps, the training 8: it ends before gamma is at its target"
+    ]
 
 
 def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
