@@ -59,6 +59,8 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None
     _CALLS[model] = _RUNNING.calls
+    if model not in _PROVEN:
+        _TRACED.called = False  # compiled layers set it again
 
 
 def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
