@@ -28,7 +28,7 @@ from transformers import (
 
 from sm_flex import headwise_gamma
 from sm_flex_transformers import loading, settings
-from tests.helpers.transformers_models import CONFIGS, model_of, tokens
+from tests.helpers.transformers_models import CONFIGS, agree, model_of, tokens
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "n_embd": 32, "d_model": 32, "emb_dim": 32, "num_hidden_layers": 2, "n_layer": 2,
