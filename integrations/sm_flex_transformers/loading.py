@@ -73,7 +73,7 @@ def _check_settings(config: Any) -> None:
     """A wrong setting is refused before the weights are loaded, and one that was left out is named."""
     if "text_config" in config.sub_configs:
         return  # the text model is asked when it is built
-    if getattr(config, "stablemask", None) is None:
+    if settings.of(config) is None:
         logger.warning_once(
             f"this {config.model_type} model has no config.stablemask: it runs head-wise with N = max_position_embeddings, "
             f"{getattr(config, 'max_position_embeddings', None)}, and nothing of that is saved. Set config.stablemask = "
@@ -85,7 +85,7 @@ def _check_settings(config: Any) -> None:
 
 def _warn_if_asked(config: Any) -> None:
     """A model that was trained with StableMask and loaded without its name runs as a plain causal one."""
-    if getattr(config, "stablemask", None) is None or config.get_text_config()._attn_implementation in NAMES:
+    if settings.of(config) is None or config.get_text_config()._attn_implementation in NAMES:
         return
     logger.warning_once(
         f"config.stablemask is set on this {config.model_type} model, but it is built with another attention and runs without "

@@ -56,7 +56,7 @@ class GammaSchedule(TrainerCallback):
                 f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
                 'load it so, or model.set_attn_implementation("stablemask")'
             )
-        given = (getattr(config, "stablemask", None) or {}).get("gamma", self.target)
+        given = (settings.of(config) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.
         if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
             raise ValueError(
@@ -73,4 +73,4 @@ class GammaSchedule(TrainerCallback):
 
     def _set(self, state: Any, config: Any) -> None:
         gamma = self.gamma(state.global_step, config.num_attention_heads)
-        config.stablemask = {**(getattr(config, "stablemask", None) or {}), "gamma": gamma}
+        config.stablemask = {**(settings.of(config) or {}), "gamma": gamma}

@@ -24,13 +24,18 @@ class Settings(NamedTuple):
 _HANDED_DOWN = WeakIdKeyDictionary()
 
 
+def of(config: Any) -> Any:
+    """config.stablemask, or None. As an attribute Transformers refuses it where some layers have one of their own."""
+    return vars(config).get("stablemask")
+
+
 def hand_down(config: Any) -> None:
     """Gives the text of a composite model the setting of the whole. One that it has already counts until the whole's changes.
 
     Raises:
         ValueError: the model has several texts: set config.stablemask on the part.
     """
-    whole = getattr(config, "stablemask", None)
+    whole = of(config)
     if whole is None or (config in _HANDED_DOWN and _HANDED_DOWN[config] == whole):
         return
     text = config.get_text_config()
@@ -42,11 +47,11 @@ def hand_down(config: Any) -> None:
 
 def hand_down_first(config: Any) -> None:
     """hand_down() to a text that has no setting yet, which is all that a trace may do: it compiles anew when one appears."""
-    whole = getattr(config, "stablemask", None)
+    whole = of(config)
     if whole is None:
         return
     text = config.get_text_config()
-    if text is not config and getattr(text, "stablemask", None) is None:
+    if text is not config and of(text) is None:
         text.stablemask = whole
 
 
@@ -59,7 +64,7 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
-    given = getattr(config, "stablemask", None)
+    given = of(config)
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
         own = getattr(config, "stablemask", None)
