@@ -71,16 +71,16 @@ def _text_attention(config: Any) -> str | None:
 
 def _check_settings(config: Any) -> None:
     """A wrong setting is refused before the weights are loaded, and one that was left out is named."""
-    if "text_config" in config.sub_configs:
-        return  # the text model is asked when it is built
-    if settings.of(config) is None:
-        logger.warning_once(
-            f"this {config.model_type} model has no config.stablemask: it runs head-wise with N = max_position_embeddings, "
-            f"{getattr(config, 'max_position_embeddings', None)}, and nothing of that is saved. Set config.stablemask = "
-            '{"gamma": "headwise", "length": N}, N the training length'
-        )
-    elif not getattr(config, "is_heterogeneous", False):
+    if getattr(config, "is_heterogeneous", False) or not hasattr(config, "num_attention_heads"):
+        return  # the layers are asked; the parts of a composite model when they are built
+    if settings.of(config) is not None:
         settings.read(config, None, torch.device("cpu"))
+        return
+    logger.warning_once(
+        f"this {config.model_type} model has no config.stablemask: it runs head-wise with N = max_position_embeddings, "
+        f"{getattr(config, 'max_position_embeddings', None)}, and nothing of that is saved. Set config.stablemask = "
+        '{"gamma": "headwise", "length": N}, N the training length'
+    )
 
 
 def _warn_if_asked(config: Any) -> None:
