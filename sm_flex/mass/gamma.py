@@ -35,7 +35,7 @@ def headwise_gamma(num_heads: int) -> Tensor:
         return [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
 
     below = 1 << (num_heads.bit_length() - 1)
-    return torch.tensor(slopes(below) + slopes(2 * below)[0::2][: num_heads - below], dtype=torch.float32)
+    return torch.tensor(slopes(below) + slopes(2 * below)[0::2][: num_heads - below], dtype=torch.float32, device="cpu")
 
 
 def gamma_from(spec: Any, num_heads: int, *, name: str = "gamma") -> Tensor:
@@ -72,7 +72,7 @@ def gamma_from(spec: Any, num_heads: int, *, name: str = "gamma") -> Tensor:
         raise ValueError(
             f"{name} must have one number for each of the model's {num_heads} query heads, got {len(numbers)}: {spec!r}"
         )
-    gamma = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
+    gamma = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device="cpu")
     return gamma if numbers is spec else gamma[0]
 
 

@@ -78,3 +78,12 @@ def test_length(spec: Any, error: type[Exception], why: str):
     assert length_from(2048) == 2048
     with pytest.raises(error, match=why):
         length_from(spec, name="N")
+
+
+@pytest.mark.parametrize("spec", ["headwise", 0.5, [0.5, 0.25]])
+def test_gamma_is_on_the_cpu_whatever_the_default_device(spec: Any):
+    """Transformers builds a model under torch.device("meta") before it loads its weights."""
+    with torch.device("meta"):
+        gamma = gamma_from(spec, 2)
+    assert gamma.device.type == "cpu"
+    assert torch.equal(gamma, gamma_from(spec, 2))
