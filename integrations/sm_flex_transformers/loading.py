@@ -66,7 +66,7 @@ def _names_ours(attn_implementation: Any) -> bool:
 
 def _text_attention(config: Any) -> str | None:
     """Of a composite model, the attention of its text, where it has one text."""
-    return config.text_config._attn_implementation if "text_config" in config.sub_configs else None
+    return getattr(getattr(config, "text_config", None), "_attn_implementation", None)
 
 
 def _check_settings(config: Any) -> None:

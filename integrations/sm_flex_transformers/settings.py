@@ -1,4 +1,4 @@
-"""config.stablemask of a model's config: {"gamma": "headwise" | number | one number a head, "length": N}."""
+"""config.stablemask of a model's config: {"gamma": "headwise" | number | one number per head, "length": N}."""
 
 import copy
 from functools import lru_cache
