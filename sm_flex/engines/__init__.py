@@ -23,6 +23,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sm_flex.runtime import device_type
+
 State: TypeAlias = tuple[Tensor, ...]
 Forward: TypeAlias = tuple[Tensor, Tensor, State]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -49,7 +51,7 @@ class Need(NamedTuple):
 
     @property
     def device(self) -> str:
-        return self.q.device.type
+        return device_type(self.q.device)
 
     @property
     def dtype(self) -> torch.dtype:
