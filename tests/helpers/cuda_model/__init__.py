@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 from torch.library import Library
 
 from sm_flex import runtime
 from sm_flex.epilogue import remask
 from tests.helpers.cuda_model import choice, cudnn, efficient, flash
-from tests.helpers.interpreter import rounds_bf16
+from tests.helpers.interpreter import exact_bf16
 
 OPS: dict[str, Any] = {
     "_scaled_dot_product_flash_attention": flash.sdpa,
@@ -45,13 +44,11 @@ def installed() -> Iterator[None]:
     library = Library("aten", "IMPL")
     cudnn.GRAPHS.clear()
     try:
-        with pytest.MonkeyPatch.context() as patch, rounds_bf16():
+        with pytest.MonkeyPatch.context() as patch, exact_bf16():
             for name, op in OPS.items():
                 library.impl(name, op, "CPU")
             patch.setattr(runtime, "KERNEL_DEVICE", "cpu")
-            patch.setattr(torch, "_fused_sdp_choice", choice.fused_sdp_choice)
-            for name in choice.CAN_USE:
-                patch.setattr(torch.backends.cuda, f"can_use_{name}_attention", choice.CAN_USE[name])
+            choice.patch_torch(patch)
             if os.environ.get("TRITON_INTERPRET") != "1":  # a Triton that compiles has no use for CPU tensors
                 patch.setattr(remask, "kernel", None)
             yield

@@ -105,7 +105,7 @@ def memory_of(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], what:
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     size = x.untyped_storage().nbytes() // x.element_size()
     if last >= size:
-        raise ContractError(f"{what}: reads element {last} of {size}; {tuple(x.shape)} has strides {x.stride()}, read as {strides}")
+        raise ContractError(f"{what}: reads element {last} of {size}, by strides {strides} instead of {x.stride()}")
     return torch.as_strided(x, shape, strides, x.storage_offset())
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -77,6 +78,13 @@ def fused_sdp_choice(
         if CAN_USE[name](params):
             return backend.value
     return SDPBackend.MATH.value if torch.backends.cuda.math_sdp_enabled() else ERROR
+
+
+def patch_torch(patch: pytest.MonkeyPatch) -> None:
+    """torch answers by this file."""
+    patch.setattr(torch, "_fused_sdp_choice", fused_sdp_choice)
+    for name, can_use in CAN_USE.items():
+        patch.setattr(torch.backends.cuda, f"can_use_{name}_attention", can_use)
 
 
 def _one_dtype(params: Any, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -195,7 +195,7 @@ def efficient_forward(
     alignment = 16 // query.element_size()
     for name, x in (("q", query), ("k", key), ("v", value)):
         need(x.shape[-1] % alignment == 0, f"efficient: the head dim of {name} is a multiple of {alignment}")
-        need(x.storage_offset() % alignment == 0, f"efficient: {name} starts at 16 bytes")
+        need(int(x.storage_offset()) % alignment == 0, f"efficient: {name} starts at 16 bytes")
         _aligned("efficient", name, x, alignment)  # kernel_forward.h, check_supported
     if attn_bias is not None:
         shape = (*query.shape[:3], key.shape[2])
@@ -235,7 +235,7 @@ def efficient_backward(
     need(logsumexp.dtype == torch.float32, "efficient: lse is float32")
     need(logsumexp.shape == shape, f"efficient: lse padded to {LSE_ALIGNMENT} rows, {shape}, got {tuple(logsumexp.shape)}")
     need(logsumexp.stride(-1) == 1, "efficient: dense rows of lse")
-    _aligned("efficient", "lse", logsumexp.unsqueeze(-1), 8)  # kernel_backward.h: "LSE is not correctly aligned"
+    _aligned("efficient", "lse", logsumexp, 8)  # kernel_backward.h: "LSE is not correctly aligned"
     need(attn_bias is not None or not grad_input_mask[3], "efficient: no gradient of a bias that is not there")
     _scalar_state("efficient", philox_seed, philox_offset)
 
@@ -302,15 +302,13 @@ def _packed_inputs(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k
     need(key.shape == value.shape and query.shape[1] % key.shape[1] == 0, "packed flash: heads")
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         need(cu.dtype == torch.int32, f"packed flash: {name} is int32")  # flash_api.cpp: "must have dtype int32"
-        need(cu.dim() == 1 and cu.is_contiguous(), f"packed flash: {name} is contiguous")  # CHECK_CONTIGUOUS
+        need(bool(cu.dim() == 1 and cu.is_contiguous()), f"packed flash: {name} is contiguous")  # CHECK_CONTIGUOUS
     need(cu_q.shape == cu_k.shape, "packed flash: as many documents of keys as of queries")
 
 
 def _aligned(op: str, name: str, x: Tensor, alignment: int) -> None:
     """The stride of every dimension that is walked, but the last, is a multiple of alignment."""
     strides = [stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    if name == "lse":  # its rows are the last dimension
-        strides = [stride for n, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True) if n > 1]
     need(all(s % alignment == 0 for s in strides), f"{op}: {name} has strides {x.stride()}, not multiples of {alignment}")
 
 
@@ -324,7 +322,7 @@ def _raw_lse(op: str, lse: Tensor, shape: Sequence[int]) -> None:
     """Read by its pointer alone, as if contiguous."""
     need(lse.dtype == torch.float32, f"{op}: lse is float32, got {lse.dtype}")
     need(tuple(lse.shape) == tuple(shape), f"{op}: lse {tuple(shape)}, got {tuple(lse.shape)}")
-    need(lse.is_contiguous(), f"{op}: contiguous lse, got strides {lse.stride()}")
+    need(bool(lse.is_contiguous()), f"{op}: contiguous lse, got strides {lse.stride()}")
 
 
 def _flash_state(op: str, seed: Tensor, offset: Tensor) -> None:

@@ -70,9 +70,7 @@ def sdpa_backward(
     scores = _scores(query, key, attn_bias, is_causal, scale)
     *grads, ds = backward(scores, value, grad_out_, delta, whole[..., :rows], dropout)
     sizes = [(x.shape[2], x.shape[3]) for x in (query, key, value)]
-    results = [
-        _in_bshd_memory(batch, heads, *size, query.dtype).copy_(grad) for size, grad in zip(sizes, grads, strict=True)
-    ]
+    results = [_in_bshd_memory(batch, heads, *size, query.dtype).copy_(grad) for size, grad in zip(sizes, grads, strict=True)]
     if attn_bias is None or not grad_input_mask[3]:
         return (*results, None)
     keys = key.shape[2]
