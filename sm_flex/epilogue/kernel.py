@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.epilogue.formula import real_share_and_lse, times_share
 from sm_flex.mass.closed_form import HUGE
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import plain_eager
@@ -96,7 +96,8 @@ def remask_kernel(
         log_m = _log_mass(gamma, position.to(tl.int64), length)
 
     masked = lse == float("-inf")
-    share = tl.where(masked, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
+    # A share below 0 marks a fully masked row: 0 * NaN would be NaN, and its out may hold NaN.
+    share = tl.where(masked, -1.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
     top = tl.maximum(lse, log_m)
     gap = tl.where(top == float("-inf"), 0.0, -tl.abs(lse - log_m))
     new_lse = tl.where(top == float("-inf"), float("-inf"), top + tl.log(1.0 + tl.exp(gap)))
@@ -112,7 +113,8 @@ def remask_kernel(
         source = out_ptr + batch * out_b + head * out_h + at[:, None] * out_s + column[None, :] * out_d
         target = new_out_ptr + batch * new_b + head * new_h + at[:, None] * new_s + column[None, :] * new_d
         out = tl.load(source, mask=tile, other=0.0)
-        tl.store(target, (out.to(tl.float32) * share[:, None]).to(out.dtype), mask=tile)
+        new_out = tl.where(share[:, None] < 0.0, 0.0, out.to(tl.float32) * share[:, None])
+        tl.store(target, new_out.to(out.dtype), mask=tile)
 
 
 # Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here.
@@ -202,4 +204,4 @@ def _launch(kernel: Any, out: Tensor, new_out: Tensor, lse: Tensor, new_lse: Ten
 def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     share, new_lse = real_share_and_lse(lse, mass.table(out.shape[-2], lse.dtype))
     assert new_lse is not None
-    return out * share.unsqueeze(-1).to(out.dtype), new_lse
+    return times_share(out, share, lse), new_lse

@@ -103,6 +103,21 @@ def test_nan_and_infinity_spread_and_no_further():
         assert torch.isfinite(new_out).sum() == new_out.numel() - 8 - 2
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_a_fully_masked_row_goes_no_further(dtype: torch.dtype, in_place: bool):
+    """Elsewhere NaN stays NaN, also where the share underflows to 0."""
+    out, lse = problem(37, 24, dtype)
+    lse[1, 2, 5] = -200.0
+    out[0, 1, 37 // 2], out[1, 2, 5], out[1, 2, 6] = math.nan, math.nan, math.nan
+    mass = Mass(torch.zeros(1, 37, device=DEVICE))
+    new_out, new_lse = launch(out, lse, mass, in_place)
+    assert new_lse[0, 1, 37 // 2] == 0.0
+    assert (new_out[0, 1, 37 // 2] == 0).all()
+    assert new_out[1, 2, 5:7].isnan().all()
+    assert torch.isfinite(new_out).sum() == new_out.numel() - 2 * 24
+
+
 def lse_around_the_bound(dtype: torch.dtype, log_m: float) -> Tensor:
     """lse a few ulp either side of 1 - s = half an ulp of the dtype, and far to both sides."""
     bound = rk.HALF_ULP[dtype]
