@@ -248,19 +248,31 @@ def test_the_ops_are_the_plain_formula():
 
 
 def test_compiles_for_a_gpu_without_one():
-    """One variant, ahead of time, in a process where Triton does not interpret; the whole table is benchmarks.kernel_report."""
+    """Ahead of time, in a process where Triton does not interpret: no spill, and instructions within their budget.
+
+    More variants are in benchmarks.kernel_report.
+    """
     script = (
-        "import torch, benchmarks.kernel_report as r\n"
-        "asm = r.compile_variant(90, torch.bfloat16, 128, True, 'arange')\n"
-        "used = r.resources(asm['cubin'])\n"
-        "assert r.bits(asm['ptx']) == (128, 128), r.bits(asm['ptx'])\n"
-        "assert used['LOCAL'] == used['STACK'] == 0 and 0 < used['REG'] <= 128, used"
+        "import torch\n"
+        "from benchmarks.kernel_report import cli, cubin, roof\n"
+        "variants = [(90, torch.bfloat16, 128), (90, torch.float32, 128), (80, torch.bfloat16, 256), (100, torch.bfloat16, 64)]\n"
+        "for variant in [cubin.Variant(*at, True, 'arange') for at in variants]:\n"
+        "    found = cubin.compile_variant(variant)\n"
+        "    assert cli.fault(variant, found) is None, (variant, found)\n"
+        "    assert cli.fault(variant, found._replace(spilled=8)) == 'spills'\n"
+        "    for worse in (found._replace(instructions=9999), found._replace(skipped=9999)):\n"
+        "        assert cli.fault(variant, worse) == 'over budget'\n"
+        "    print(variant, *roof.per_32_rows(variant, found))\n"
     )
     import os
 
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, env=env, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0].split()
+    assert int(first[-2]) <= 1400
+    assert int(first[-1]) <= 400
 
 
 @pytest.mark.parametrize("in_place", [False, True])
