@@ -92,6 +92,28 @@ def test_flops_are_counted_as_torchs_own(engine: str):
     assert backward.get_total_flops() == backward_over_forward * forward.get_total_flops()
 
 
+ATTENTION = {
+    "flash": torch.ops.aten._scaled_dot_product_flash_attention.default,
+    "cudnn": torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "efficient": torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation, with the shape of its (first) result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[Any, torch.Size]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(first, Tensor):
+            self.outputs.append((func, first.shape))
+        return result
+
+
 class EfficientBackwardSpy(TorchDispatchMode):
     """Notes the `out` that the memory-efficient backward is given."""
 
@@ -134,6 +156,29 @@ def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
     (given,) = spy.outs
     heads, dim = given.shape[1], given.shape[-1]
     assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
+
+
+@fake_cuda
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton the epilogue is plain PyTorch")
+@pytest.mark.parametrize(("engine", "rows"), [("efficient", 37), ("cudnn", 37), ("efficient", 5), ("flash", 41)])
+def test_the_epilogue_writes_into_the_engines_own_out(engine: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where rows may be fully masked: the kernel stores their 0, and nothing passes over out before it."""
+    given: list[Tensor] = []
+
+    def launch(out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+        given.append(out)
+        return out, lse
+
+    monkeypatch.setattr(epilogue_module.kernel, "launch", launch)
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = fake(2, 6, rows, 64), fake(2, 6, 37, 64), fake(2, 6, 37, 64)
+        bias = None if engine == "flash" else fake(1, 1, rows, 37)
+        call = Call(q, k, v, bias, None, None, bias is None, 0.1, may_be_masked=bias is None)
+        with Operations() as operations:
+            autograd.forward(engine, call, Mass(torch.empty(1, rows, device=CUDA)))
+    (out,) = given
+    assert out.shape == q.shape
+    assert [func for func, shape in operations.outputs if shape == out.shape] == [ATTENTION[engine]]
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: dict, **kwargs) -> str:
