@@ -27,8 +27,6 @@ def check_varlen(
     """varlen_attn's arguments with a StableMask. paged: the given ones of seqused_k, block_table and num_splits."""
     if "block_table" not in paged:
         check_qkv(query, key, value, enable_gqa, "THD")
-        if value.shape[-1] != query.shape[-1]:
-            raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
     if differentiable(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:

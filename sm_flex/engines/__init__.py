@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 State: TypeAlias = tuple[Tensor, ...]
 Forward: TypeAlias = tuple[Tensor, Tensor, State]
@@ -135,6 +136,20 @@ def refuses_on_cuda(need: Need, widest_with_lse_grad: int | None = None) -> str 
     if need.lse_grad and widest_with_lse_grad is not None and need.widest > widest_with_lse_grad:
         return f"with a log-sum-exp that has a gradient it takes head dims up to {widest_with_lse_grad}"
     return None
+
+
+def one_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with columns of zeros up to the widest head dim, which change no score and no value.
+
+    For a kernel that wants one head dim for query and value.
+    """
+    widest = max([x.shape[-1] for x in tensors])
+    return [x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors]
+
+
+def narrowed(x: Tensor, dim: int) -> Tensor:
+    """x without the columns that were added to its head dim."""
+    return x if x.shape[-1] == dim else x[..., :dim]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sm_flex.engines import Call, Forward, Gradients, Need, State, rows_contiguous
+from sm_flex.engines import Call, Forward, Gradients, Need, State, narrowed, one_head_dim, rows_contiguous
 from sm_flex.engines.cpu import DTYPES, with_positive_scale
 from sm_flex.engines.varlen import to_bhsd, to_thd
 from sm_flex.runtime import cpu_flash_backward_op, cpu_flash_op
@@ -27,15 +27,18 @@ def refuses(need: Need) -> str | None:
 
 def forward(call: Call) -> Forward:
     q, scale = with_positive_scale(call)
-    out, lse = torch.ops.sm_flex.varlen_cpu(q, call.k, call.v, call.cu_q, call.cu_k, call.window, scale)
-    return to_bhsd(out), lse.unsqueeze(0), ()
+    q, k, v = one_head_dim(q, call.k, call.v)
+    out, lse = torch.ops.sm_flex.varlen_cpu(q, k, v, call.cu_q, call.cu_k, call.window, scale)
+    return to_bhsd(narrowed(out, call.v.shape[-1])), lse.unsqueeze(0), ()
 
 
 def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: State, bias_grad: bool) -> Gradients:
     q, scale = with_positive_scale(call)
-    attended = (to_thd(grad_out), q, call.k, call.v, to_thd(out), lse.squeeze(0))
-    dq, dk, dv = torch.ops.sm_flex.varlen_cpu_backward(*attended, call.cu_q, call.cu_k, call.window, scale)
-    return dq if scale == call.scale else dq * call.scale, dk, dv, None
+    attended = one_head_dim(to_thd(grad_out), q, call.k, call.v, to_thd(out))
+    documents = (call.cu_q, call.cu_k, call.window, scale)
+    dq, dk, dv = torch.ops.sm_flex.varlen_cpu_backward(*attended, lse.squeeze(0), *documents)
+    dq, dk = [narrowed(x, call.q.shape[-1]) for x in (dq, dk)]
+    return dq if scale == call.scale else dq * call.scale, dk, narrowed(dv, call.v.shape[-1]), None
 
 
 @torch.library.custom_op("sm_flex::varlen_cpu", mutates_args={}, device_types="cpu")
