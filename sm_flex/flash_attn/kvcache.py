@@ -94,6 +94,7 @@ def flash_attn_with_kvcache(
     check_slopes(alibi_slopes, q.shape[0], q)
     if differentiable(q, k_cache, v_cache, k, v, learnable_sink, alibi_slopes, *_learned(score_mod)):
         raise NotImplementedError("flash_attn_with_kvcache is for inference: call under torch.no_grad()")
+    check_mask_fits(mask_of(request, q, 0, None), (q.shape[0], q.shape[2], q.shape[1]), q.shape[1], q.device)
     held = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
     if k is not None and v is not None:
         _write(k_cache, v_cache, k, v, held, cache_batch_idx)
@@ -120,13 +121,12 @@ def _attend(
         k, v = [_rows_of(x[:, start : end + new], row) for x in (k_cache, v_cache)]
         return attend_batch(q, k, v, request, return_lse=return_lse)
     k_BHTD, v_BHTD = [_rows_of(x, row).transpose(1, 2) for x in (k_cache, v_cache)]
-    (batch, num_queries, heads), num_keys = q.shape[:3], k_cache.shape[1]
+    (batch, num_queries), num_keys = q.shape[:2], k_cache.shape[1]
     first, end_B1 = [_column(0 if x is None else x, batch, q.device) for x in (pad, held)]
     end_B1 = end_B1 + new
     slot = end_B1 - num_queries + torch.arange(num_queries, device=q.device)
     spans = spans_of(slot, first, end_B1, request.left, request.right)
     mask = mask_of(request, q, num_keys, (slot - first).clamp(min=0))
-    check_mask_fits(mask, (batch, heads, num_queries), num_queries, q.device)
     inner = score_mod_of(request, slot, q, k_cache)
     if inner is None and (request.right == 0 or num_queries == 1):
         visible = spans.rows(num_keys)(0, num_queries)
@@ -196,7 +196,9 @@ def _check(q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, held: Any, row: A
         check_batch("k", k, q)
         for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
             if x.shape[2:] != cache.shape[2:]:
-                raise ValueError(f"{name} must have heads as {name}_cache, {tuple(cache.shape[2:])}, got {tuple(x.shape[2:])}")
+                raise ValueError(
+                    f"{name} must have the heads of {name}_cache, {tuple(cache.shape[2:])}, got {tuple(x.shape[2:])}"
+                )
         new = k.shape[1]
         if row is not None and readable(row) and row.unique().numel() != batch:
             raise ValueError(f"cache_batch_idx must be distinct where k and v are given, got {row.tolist()}")

@@ -108,13 +108,14 @@ def test_a_window_over_many_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dense, "BLOCK_SCORES", 1000)
     q, k, v = leaf(1, 70, 2, 5), leaf(1, 75, 1, 5), leaf(1, 75, 1, 5)
     slopes = torch.rand(2)
-    for found in (
+    cases: list[dict[str, Any]] = [
         {"window_size": (7, 3)},
         {"window_size": (-1, 9)},
         {"window_size": (20, -1)},
         {"window_size": (7, 3), "softcap": 2.0, "alibi_slopes": slopes},
         {"causal": True, "softcap": 2.0, "alibi_slopes": slopes},
-    ):
+    ]
+    for found in cases:
         ours = flash_attn.flash_attn_func(q, k, v, **found)
         assert_same(ours, reference(q[0], k[0], v[0], **found)[0][None], [q, k, v])
 
@@ -141,17 +142,20 @@ def test_packed_forms_are_the_tensors_that_they_hold() -> None:
     qkv, kv, q = torch.randn(2, 7, 3, 2, 5), torch.randn(2, 9, 2, 2, 5), torch.randn(2, 7, 4, 5)
     cu, cu_k = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 4, 9]).int()
     mask = stablemask(0.3, length=20)
-    for found in ({"causal": True, "window_size": (2, 0), "score_mod": mask}, {"softcap": 3.0}):
+    cases: list[dict[str, Any]] = [{"causal": True, "window_size": (2, 0), "score_mod": mask}, {"softcap": 3.0}]
+    three: Any = (qkv.unbind(2), qkv[0].unbind(1))
+    two: Any = (kv.unbind(2), kv[0].unbind(1))
+    for found in cases:
         pairs = (
-            (flash_attn.flash_attn_qkvpacked_func(qkv, **found), flash_attn.flash_attn_func(*qkv.unbind(2), **found)),
-            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(q, *kv.unbind(2), **found)),
+            (flash_attn.flash_attn_qkvpacked_func(qkv, **found), flash_attn.flash_attn_func(*three[0], **found)),
+            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(q, *two[0], **found)),
             (
                 flash_attn.flash_attn_varlen_qkvpacked_func(qkv[0], cu, 4, **found),
-                flash_attn.flash_attn_varlen_func(*qkv[0].unbind(1), cu, cu, 4, 4, **found),
+                flash_attn.flash_attn_varlen_func(*three[1], cu, cu, 4, 4, **found),
             ),
             (
                 flash_attn.flash_attn_varlen_kvpacked_func(q[0], kv[0], cu, cu_k, 4, 5, **found),
-                flash_attn.flash_attn_varlen_func(q[0], *kv[0].unbind(1), cu, cu_k, 4, 5, **found),
+                flash_attn.flash_attn_varlen_func(q[0], *two[1], cu, cu_k, 4, 5, **found),
             ),
         )
         for ours, expected in pairs:
@@ -231,7 +235,7 @@ def test_positions_tables_and_an_inner_score_mod_go_through(window: int) -> None
         mask = stablemask(0.2, length=9, positions=positions, sink=sink, score_mod=inner)
         ours = flash_attn.flash_attn_func(q, k, v, score_mod=mask, **common)
         eq11 = [{"gamma": 0.2, "length": 9, "positions": positions[n], "sink": sink[n : n + 1]} for n in range(2)]
-        extra = {"alibi_slopes": slopes} if alibi else {}
+        extra: dict[str, Any] = {"alibi_slopes": slopes} if alibi else {}
         expected = [reference(q[n], k[n], v[n], stablemask=eq11[n], **common, **extra)[0] for n in range(2)]
         assert_same(ours, torch.stack(expected), [q, k, v, sink])
 
@@ -252,7 +256,8 @@ def test_without_a_length_n_is_that_of_the_call() -> None:
 
 def test_gamma_inf_is_flash_attn_itself() -> None:
     q, k, v = torch.randn(2, 7, 4, 5), torch.randn(2, 9, 2, 5), torch.randn(2, 9, 2, 5)
-    for found in ({}, {"window_size": (3, 0)}, {"softcap": 1.0}):
+    cases: list[dict[str, Any]] = [{}, {"window_size": (3, 0)}, {"softcap": 1.0}]
+    for found in cases:
         plain = flash_attn.flash_attn_func(q, k, v, causal=True, **found)
         ours = flash_attn.flash_attn_func(q, k, v, causal=True, score_mod=stablemask(math.inf, length=9), **found)
         torch.testing.assert_close(ours, plain)
