@@ -72,8 +72,8 @@ class Call(NamedTuple):
     q, k, v: (B, H, S, D), or (S, H, D) with cu_q, cu_k for packed documents. bias: (1|B, 1|H, S, T), added to
     the scores.
     causal: the kernel's own flag. may_be_masked: some row may see no key though bias is None.
-    window: how many keys to the left of its own a query sees, -1 for all. max_q, max_k: the longest
-    documents.
+    window, right: how many keys before and after its own a query of packed documents sees, -1 for all.
+    max_q, max_k: the longest documents.
     """
 
     q: Tensor
@@ -89,6 +89,7 @@ class Call(NamedTuple):
     window: int = -1
     max_q: int = 0
     max_k: int = 0
+    right: int = 0
 
 
 class Engine(Protocol):

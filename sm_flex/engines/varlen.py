@@ -27,7 +27,7 @@ def forward(call: Call, **new_keywords: object) -> Forward:
     q_SHD, k_THD, v_THD = [padded(x) for x in one_head_dim(call.q, call.k, call.v)]
     documents = (call.cu_q, call.cu_k, call.max_q, call.max_k)
     out_SHD, lse_HS, rng = varlen_op(
-        q_SHD, k_THD, v_THD, *documents, _is_causal(call), call.scale, [call.window, 0], **new_keywords
+        q_SHD, k_THD, v_THD, *documents, _is_causal(call), call.scale, [call.window, call.right], **new_keywords
     )
     if call.may_be_masked:
         lse_HS = lse_HS.masked_fill(lse_HS == math.inf, -math.inf)  # FA2's lse of a fully masked row is +inf
@@ -39,7 +39,7 @@ def backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, state: Stat
     grad_out, q, k, v, out = [padded(x) for x in inputs]
     documents = (call.cu_q, call.cu_k, call.max_q, call.max_k)
     grads = varlen_backward_op(
-        *(grad_out, q, k, v, out, lse.squeeze(0), *documents), _is_causal(call), state[0], call.scale, [call.window, 0]
+        *(grad_out, q, k, v, out, lse.squeeze(0), *documents), _is_causal(call), state[0], call.scale, [call.window, call.right]
     )
     dq, dk, dv = grads
     dim = call.q.shape[-1]
@@ -56,4 +56,4 @@ def to_thd(x_1HTD: Tensor) -> Tensor:
 
 def _is_causal(call: Call) -> bool:
     """As varlen_attn derives it: a window of its own makes a row causal already."""
-    return call.window == -1
+    return (call.window, call.right) == (-1, 0)
