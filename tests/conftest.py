@@ -53,6 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "census" not in config.option.markexpr:  # minutes long: only where it is asked for by name
         left_out = [item for item in items if item.get_closest_marker("census")]
@@ -62,9 +63,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
+    on_model = "cuda_model" in config.option.markexpr
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" not in item.keywords:
+            continue
+        item.add_marker("cuda_model")
+        card = item.get_closest_marker("card")
+        if not on_model:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif card is not None:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {card.args[0]}"))
+        # Triton's interpreter computes both sides of a where() in numpy, which warns of inf - inf.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -90,6 +100,21 @@ def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
     assert not [message for message in logged if "deprecated" in message]
+
+
+@pytest.fixture
+def cuda_model() -> Iterator[None]:
+    """CPU tensors take the CUDA paths, down to a model of the ops (tests/helpers/cuda_model)."""
+    from tests.helpers.cuda_model import installed
+
+    with installed():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cuda_model_without_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda_model"):
+        request.getfixturevalue("cuda_model")
 
 
 @pytest.fixture

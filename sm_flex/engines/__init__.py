@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sm_flex.runtime import device_type
+
 State: TypeAlias = tuple[Tensor, ...]
 Forward: TypeAlias = tuple[Tensor, Tensor, State]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -50,7 +52,7 @@ class Need(NamedTuple):
 
     @property
     def device(self) -> str:
-        return self.q.device.type
+        return device_type(self.q.device)
 
     @property
     def dtype(self) -> torch.dtype:
