@@ -13,7 +13,7 @@ from sm_flex_torchtitan.versions import check_versions
 
 PROG = "python -m sm_flex_torchtitan.train"
 OURS = "sm_flex_torchtitan.overrides"
-FLAGS = ("--attn", "--attn.gamma", "--attn.length")
+FLAGS = ("--attn", "--attn.gamma", "--attn.length", "--attn.learned")
 IMPORTS = "--override.imports"
 
 
@@ -39,7 +39,7 @@ def _take(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in FLAGS:
-            flags[flag] = value if equals else next(words, "")
+            flags[flag] = value if equals or flag == "--attn.learned" else next(words, "")
         elif flag.startswith("--attn"):
             raise BadInput(f"{flag} is not known: {', '.join(FLAGS)} are")
         else:
@@ -56,7 +56,7 @@ def _with_override(flags: dict[str, str], rest: list[str]) -> list[str]:
         )
     for flag in FLAGS[1:]:
         if attn != "stablemask" and flag in flags:
-            raise BadInput(f"{flag} belongs to --attn stablemask, got --attn {attn} {flag} {flags[flag]}")
+            raise BadInput(f"{flag} belongs to --attn stablemask, got --attn {attn} {flag} {flags[flag]}".rstrip())
     if attn == "stablemask":
         ours = f"{OURS}.stablemask={json.dumps(_stablemask(flags))}"
     else:
@@ -77,6 +77,11 @@ def _stablemask(flags: dict[str, str]) -> dict[str, Any]:
         if not length.isascii() or not length.isdigit():
             raise BadInput(f"--attn.length must be a whole number, the training length, got {length!r}")
         kwargs["length"] = int(length)
+    learned = flags.get("--attn.learned", "False")
+    if learned not in ("", "True", "False"):
+        raise BadInput(f"--attn.learned is given as it is, or as True or False, got {learned!r}")
+    if learned != "False":
+        kwargs["learned"] = True
     return kwargs
 
 

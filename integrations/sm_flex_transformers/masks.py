@@ -13,9 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
 from sm_flex_transformers import forwards
-from sm_flex_transformers.interface import check_model_type
+from sm_flex_transformers.interface import check_model_type, name_of
 
-NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
+NOT_CAUSAL = (
+    "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): this attention is causal"
+)
 
 
 class Padding(NamedTuple):
@@ -51,8 +53,8 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     check_model_type(kwargs["config"].model_type)
     if "allow_is_bidirectional_skip" in kwargs:
         raise NotImplementedError(
-            "stablemask is causal and this model asks for a bidirectional mask, as encoders and cross-attention do: use another "
-            "attn_implementation"
+            f"{name_of(kwargs['config'])} is causal and this model asks for a bidirectional mask, as encoders and "
+            "cross-attention do: use another attn_implementation"
         )
     mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
     forwards.note_mask(padding)
@@ -102,7 +104,7 @@ def _version(mask: Tensor) -> int:
 
 def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
     if mask.dtype != torch.bool:
-        raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
+        raise TypeError(f"a custom attention mask must be bool under torch.compile, got {mask.dtype}")
     if num_queries > 1 and torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
     return mask
@@ -119,7 +121,7 @@ def _as_bool(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
         if not (visible | (mask <= torch.finfo(mask.dtype).min)).all():
             raise NotImplementedError(
                 "a float attention mask, passed to the model or made by it, must hold 0 where a key is visible and the dtype's "
-                "minimum or -inf where it is not: stablemask takes no additive bias this way, use "
+                "minimum or -inf where it is not: this attention takes no additive bias this way, use "
                 "sm_flex.stablemask(..., score_mod=...) in a model of your own"
             )
     elif mask.dtype != torch.bool:

@@ -60,7 +60,7 @@ def varlen_attn(
     aligned to the end of its keys.
 
     Args:
-        query: (T_q, H, D). key, value: (T_k, Hkv, D); Hkv < H needs enable_gqa.
+        query: (T_q, H, D). key, value: (T_k, Hkv, D) and (T_k, Hkv, Dv); Hkv < H needs enable_gqa.
         cu_seq_q, cu_seq_k: (documents + 1,) int32, the first row of each document and the total.
         max_q, max_k: the longest document's length.
         return_aux: AuxRequest(lse=True) also returns the natural log-sum-exp of the whole row of A_SM, (H,
@@ -73,7 +73,7 @@ def varlen_attn(
             equal.
 
     Returns:
-        (T_q, H, D) in query's dtype, or (out, lse).
+        (T_q, H, Dv) in query's dtype, or (out, lse).
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule, what came and the way out.

@@ -162,7 +162,6 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "varlen lengths differ": (varlen(cu_k=torch.tensor([0, 4, 7]).int()), ValueError, "positions are required where a document's"),
     "varlen 4-D": (varlen(q=Q), ValueError, "query must be 3-D"),
     "varlen heads": (varlen(k=THD[:, :2], v=THD[:, :2]), ValueError, "pass enable_gqa=True"),
-    "varlen value dim": (varlen(v=THD[..., :5]), ValueError, "value must have the head dim of query"),
     "varlen paged on CPU": (varlen(positions(7), seqused_k=CU[1:]), NotImplementedError, "seqused_k needs a newer torch on CUDA"),
     # remask, log_mass, headwise_gamma
     "remask out int": (lambda: remask(OUT.long(), LSE, LSE), TypeError, "out must be a floating tensor"),

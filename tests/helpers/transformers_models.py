@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-import sm_flex_transformers  # noqa: F401  (registers stablemask)
+import sm_flex_transformers  # noqa: F401  (registers stablemask and sm_flex)
 from sm_flex import headwise_gamma
 from sm_flex.testing import oracle
 
@@ -60,6 +60,7 @@ def eq_11(
     scaling: float | None = None,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
 
@@ -79,7 +80,16 @@ def eq_11(
         scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         bias = torch.tanh(scores / softcap) * softcap - scores
     out, _ = oracle(
-        query, key, value, gamma=gamma, length=length, positions=position_ids, visible=visible, bias=bias, scale=scaling
+        query,
+        key,
+        value,
+        gamma=gamma,
+        length=length,
+        positions=position_ids,
+        visible=visible,
+        bias=bias,
+        scale=scaling,
+        sink=sink,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -102,6 +112,7 @@ def oracle_attention(
     out = eq_11(
         query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
+        sink=given.get("s_aux"),
     )  # fmt: skip
     return out, None
 
@@ -120,7 +131,8 @@ def agree(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def model_of(config: Any, attention: str = "stablemask", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    given = {"attn_implementation": attention, "experts_implementation": "eager"}  # the other experts know no float64
+    return AutoModelForCausalLM.from_config(config, **given).double().eval()
 
 
 def config_class(model_type: str) -> Any:

@@ -63,7 +63,6 @@ def _several_axes() -> bool:
 REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("never looks its attention up", r"(\S+) models do not use Transformers' attention interface",
      lambda said, case: _never_asks(said[1], case)),
-    ("attention sinks", r"(\w+) has attention sinks \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
     ("a bias on the scores", r"(\w+) has a bias on the scores \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
     ("a bias in its mask", r"a float attention mask, passed to the model or made by it, must hold 0", lambda *_: _adds_a_bias()),
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
@@ -72,7 +71,7 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
-    ("asks for a bidirectional mask", r"stablemask is causal and this model asks for a bidirectional mask",
+    ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
 ]  # fmt: skip
 

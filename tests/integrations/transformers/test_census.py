@@ -32,10 +32,10 @@ SERVED = {
     "several position axes": ["qwen2_vl_text"],
     "composite": ["gemma3", "gemma4"],
     "no position_ids": ["persimmon"],
+    "attention sinks": ["gpt_oss", "granite_swa"],
 }
 NOT_SERVED = {
     "never looks its attention up": ["bloom", "openai-gpt", "xlm", "mamba", "falcon"],
-    "attention sinks": ["gpt_oss"],
     "a bias on the scores": ["inkling_text"],
     "a bias in its mask": ["doge"],
     "asks for a bidirectional mask": ["bart"],
@@ -106,7 +106,7 @@ def untrue(words: str) -> Callable[..., Any]:
         (a_row_off, "off eq. 11", set(CALLS)),
         (by_slot, "off eq. 11", {"cached chunks", "packing", "packing, cache"}),  # padding is told from the mask
         (foreign, "not our exception", set(CALLS)),
-        (untrue("LlamaAttention has attention sinks (s_aux)"), "untrue words", set(CALLS)),
+        (untrue("LlamaAttention has a bias on the scores (position_bias)"), "untrue words", set(CALLS)),
         (untrue("LlamaAttention is not served"), "unknown words", set(CALLS)),
     ],
 )
