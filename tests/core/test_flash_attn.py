@@ -143,19 +143,19 @@ def test_packed_forms_are_the_tensors_that_they_hold() -> None:
     cu, cu_k = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 4, 9]).int()
     mask = stablemask(0.3, length=20)
     cases: list[dict[str, Any]] = [{"causal": True, "window_size": (2, 0), "score_mod": mask}, {"softcap": 3.0}]
-    three: Any = (qkv.unbind(2), qkv[0].unbind(1))
-    two: Any = (kv.unbind(2), kv[0].unbind(1))
+    three: Any = (qkv.unbind(2), (*qkv[0].unbind(1), cu, cu, 4, 4))
+    two: Any = ((q, *kv.unbind(2)), (q[0], *kv[0].unbind(1), cu, cu_k, 4, 5))
     for found in cases:
         pairs = (
             (flash_attn.flash_attn_qkvpacked_func(qkv, **found), flash_attn.flash_attn_func(*three[0], **found)),
-            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(q, *two[0], **found)),
+            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(*two[0], **found)),
             (
                 flash_attn.flash_attn_varlen_qkvpacked_func(qkv[0], cu, 4, **found),
-                flash_attn.flash_attn_varlen_func(*three[1], cu, cu, 4, 4, **found),
+                flash_attn.flash_attn_varlen_func(*three[1], **found),
             ),
             (
                 flash_attn.flash_attn_varlen_kvpacked_func(q[0], kv[0], cu, cu_k, 4, 5, **found),
-                flash_attn.flash_attn_varlen_func(q[0], *two[1], cu, cu_k, 4, 5, **found),
+                flash_attn.flash_attn_varlen_func(*two[1], **found),
             ),
         )
         for ours, expected in pairs:
