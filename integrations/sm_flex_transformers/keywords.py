@@ -14,7 +14,7 @@ from sm_flex_transformers.interface import layer_of, name_of
 
 # Harmless, with the reason. A keyword that is None, or False, asks for nothing and is not looked up.
 HARMLESS = {
-    "sliding_window": "the mask holds the window",
+    "sliding_window": "the mask holds the window, or the call is made within it",
     "token_type_ids": "the mask holds what they say",
     "mm_token_type_ids": "the mask holds what they say",
     "cu_seq_lens_q": "position_ids restart where they do; alone they are refused",
