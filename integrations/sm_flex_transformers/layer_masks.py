@@ -8,7 +8,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import StableMask, stablemask
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import settings
+from sm_flex_transformers import settings, sharding
 from sm_flex_transformers.masks import has_values
 
 # By the position ids of a forward, of which every layer is handed the same tensor: (their version, the StableMask).
@@ -33,7 +33,9 @@ def cached(module: Any, position_ids: Tensor | None, query: Tensor) -> StableMas
 
 
 def _settings(module: Any, query: Tensor) -> settings.Settings:
-    return settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep=has_values(query))
+    keep = has_values(query)
+    asked = settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep)
+    return asked._replace(gamma=sharding.of_own_heads(module, asked.gamma, query.shape[1], keep))
 
 
 def _make(asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMod | None = None) -> StableMask:
