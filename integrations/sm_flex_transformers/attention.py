@@ -30,19 +30,20 @@ def stablemask_attention(
 
     Args:
         query: (B, H, S, D). key, value: (B, Hkv, T, D), the cache included.
-        attention_mask: what stablemask_mask made, or a user's own (B, 1, S, T): bool, or float with 0 and the minimum. None is
-            plain causal attention; more keys than positions then means a static cache whose later slots are still empty.
+        attention_mask: what stablemask_mask made, or one of the user's or the model's own (B, 1|H, S, T): bool, or floating,
+            with the minimum or -inf where a key is hidden, and elsewhere added to the scores. None is plain causal attention;
+            more keys than positions then means a static cache whose later slots are still empty.
         position_ids: (B, S) or (1, S), each token's position in its own sequence. Where there are more of them than queries,
             the model has dropped rows (Gemma 4 before its layers with shared keys): the last ones are those of the queries.
         softcap: tanh(score / softcap) * softcap on the real scores (Gemma 2).
-        kwargs: whatever else the model hands its attention: harmless, a selection of keys, or refused (keywords.py).
+        kwargs: whatever else the model hands its attention: harmless, a selection of keys, a bias, or refused (keywords.py).
 
     Returns:
         (B, S, H, D), and None: there are no attention weights.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
-            sinks, a bias on the scores, missing or multi-axis position_ids, a keyword that is not known.
+            sinks, missing or multi-axis position_ids, a keyword that is not known.
     """
     forwards.note_call()
     _check(module, is_causal, position_ids, kwargs)
@@ -66,13 +67,18 @@ def stablemask_attention(
         visible = selected if visible is None else visible & selected
     if visible is None and 1 < num_queries < num_keys:  # rows were dropped: those left are the last
         visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
+    allowed, bias = visible, keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys)
+    if bias is not None:
+        if softcap is not None:
+            raise NotImplementedError(f"{type(module).__name__} has soft-capping and a bias on the scores: stablemask takes one")
+        allowed = bias.to(query.dtype) if visible is None else bias.to(query.dtype).masked_fill(~visible, -torch.inf)
     if softcap is None and positions is position_ids:
         mask = layer_masks.cached(module, position_ids, query)
     else:
         mask = layer_masks.make(module, positions, query, _soft_capping(softcap))
     out = scaled_dot_product_attention(
         query, key, value,
-        attn_mask=visible, dropout_p=dropout, is_causal=visible is None and num_queries > 1, scale=scaling, enable_gqa=True,
+        attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and num_queries > 1, scale=scaling, enable_gqa=True,
         score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None

@@ -72,7 +72,9 @@ def check_plan(model: PreTrainedModel) -> None:
         head_dim: Any = getattr(module, "head_dim", None)
         if not isinstance(head_dim, int):
             continue
-        own: dict[str, Any] = {part: module.get_submodule(part) for part in ("q_proj", "k_proj", "v_proj") if hasattr(module, part)}
+        own: dict[str, Any] = {
+            part: module.get_submodule(part) for part in ("q_proj", "k_proj", "v_proj") if hasattr(module, part)
+        }
         split = [part for part in own if _style(model, f"{name}.{part}") == "colwise"]
         for part in split:
             rows = own[part].weight.shape[0]

@@ -50,11 +50,6 @@ def _never_asks(name: str, case: Case) -> bool:
     return not any(id(call.module) in within for call in RECORD.calls)
 
 
-def _adds_a_bias() -> bool:
-    masks = [call.mask for call in RECORD.calls if call.mask is not None and call.mask.is_floating_point()]
-    return any(((mask != 0) & (mask > torch.finfo(mask.dtype).min)).any() for mask in masks)
-
-
 def _several_axes() -> bool:
     return any(call.keywords["position_ids"].dim() != 2 for call in RECORD.calls if "position_ids" in call.keywords)
 
@@ -64,8 +59,6 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("never looks its attention up", r"(\S+) models do not use Transformers' attention interface",
      lambda said, case: _never_asks(said[1], case)),
     ("attention sinks", r"(\w+) has attention sinks \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
-    ("a bias on the scores", r"(\w+) has a bias on the scores \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
-    ("a bias in its mask", r"a float attention mask, passed to the model or made by it, must hold 0", lambda *_: _adds_a_bias()),
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),
