@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
 from sm_flex_transformers import forwards, keywords, layer_masks, masks
+from sm_flex_transformers.interface import name_of
 
 
 def stablemask_attention(
@@ -43,17 +45,22 @@ def stablemask_attention(
 
     Raises:
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
-            sinks, missing or multi-axis position_ids, a keyword that is not known.
+            sinks of another shape, missing or multi-axis position_ids, a keyword that is not known.
     """
     forwards.note_call()
-    _check(module, is_causal, position_ids, kwargs)
+    _check(module, is_causal, kwargs)
+    asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
+    if position_ids is not None and position_ids.dim() != 2:
+        if asked is not None:
+            raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
+        position_ids = None
     num_queries, num_keys = query.shape[2], key.shape[2]
     num_positions = num_queries if position_ids is None else position_ids.shape[1]
     if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
         key, value = key[:, :, :num_positions], value[:, :, :num_positions]
         num_keys = num_positions
     seen = masks.read(attention_mask, position_ids, num_queries, num_keys)
-    if position_ids is None:
+    if position_ids is None and asked is not None:
         _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
     positions, visible = position_ids, seen.visible
     if position_ids is not None:
@@ -66,16 +73,20 @@ def stablemask_attention(
         keywords.check_selected_within(module, seen.visible, visible)
         visible = selected if visible is None else visible & selected
     if visible is None and 1 < num_queries < num_keys:  # rows were dropped: those left are the last
-        visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
+        visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
     allowed, bias = visible, keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys)
     if bias is not None:
         if softcap is not None:
-            raise NotImplementedError(f"{type(module).__name__} has soft-capping and a bias on the scores: stablemask takes one")
+            raise NotImplementedError(
+                f"{type(module).__name__} has soft-capping and a bias on the scores: {name_of(module.config)} takes one"
+            )
         allowed = bias.to(query.dtype) if visible is None else bias.to(query.dtype).masked_fill(~visible, -torch.inf)
-    if softcap is None and positions is position_ids:
-        mask = layer_masks.cached(module, position_ids, query)
+    if asked is None and sink is None and softcap is None and bias is None:
+        return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
+    if asked is not None and sink is None and softcap is None and positions is position_ids:
+        mask = layer_masks.cached(asked, position_ids, query)
     else:
-        mask = layer_masks.make(module, positions, query, _soft_capping(softcap))
+        mask = layer_masks.make(asked, positions, query, num_keys, _soft_capping(softcap), sink)
     out = scaled_dot_product_attention(
         query, key, value,
         attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and num_queries > 1, scale=scaling, enable_gqa=True,
@@ -84,15 +95,23 @@ def stablemask_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check(module: nn.Module, is_causal: bool | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+def sm_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The model's own causal attention, its learned sinks included: StableMask only where module.config.stablemask asks for it.
+
+    Without config.stablemask a sink is all the mass that a row has, the same at every position: no position_ids are needed.
+    Without sinks too it is Transformers' sdpa. Arguments, result and errors are those of stablemask_attention.
+    """
+    return stablemask_attention(*args, **kwargs)
+
+
+def _check(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     config: Any = module.config
+    name = name_of(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"stablemask serves decoder-only models, got {type(config).__name__}, an encoder-decoder")
+        raise NotImplementedError(f"{name} serves decoder-only models, got {type(config).__name__}, an encoder-decoder")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise NotImplementedError(f"stablemask is causal and {type(module).__name__} is not: use another attn_implementation")
+        raise NotImplementedError(f"{name} is causal and {type(module).__name__} is not: use another attn_implementation")
     keywords.check(module, kwargs)
-    if position_ids is not None and position_ids.dim() != 2:
-        raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
 
 
 def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:

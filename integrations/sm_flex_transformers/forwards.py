@@ -1,4 +1,4 @@
-"""What a model was called with, where its layers are not handed it: forward hooks of every model that runs stablemask."""
+"""What a model was called with, where its layers are not handed it: forward hooks of every model that runs our attention."""
 
 import functools
 import inspect
@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from sm_flex_transformers import settings, sharding
+from sm_flex_transformers.interface import name_of
 
 
 class _Running(threading.local):
@@ -69,8 +70,9 @@ def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
     if torch.compiler.is_compiling() or model in _PROVEN:
         return
     if _CALLS.get(model) == _RUNNING.calls and not _TRACED.called:
+        name = name_of(model.config.get_text_config())
         raise NotImplementedError(
-            f"{type(model).__name__} ran without calling stablemask: its code does not use Transformers' attention interface, so "
+            f"{type(model).__name__} ran without calling {name}: its code does not use Transformers' attention interface, so "
             "attn_implementation has no effect on it"
         )
     _PROVEN[model] = True

@@ -1,6 +1,7 @@
 """Whether a model looks its attention up by name. It is asked itself, by its code: there is no list of names."""
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -10,16 +11,29 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+NAMES = ("stablemask", "sm_flex")  # ours: sm_flex is StableMask only where config.stablemask asks for it
 LOOK_UP = "ALL_ATTENTION_FUNCTIONS.get_interface("
 TABLE = "_ATTENTION_CLASSES[config._attn_implementation]"  # a class for each name that the model knows (GIT)
 
 
-def check_looks_up(model: type[PreTrainedModel]) -> None:
+def name_of(config: Any) -> str:
+    """Which of our names a config asks for."""
+    name = getattr(config, "_attn_implementation", None)
+    return name if name in NAMES else NAMES[0]
+
+
+def layer_of(module: nn.Module) -> str:
+    """A layer's name in an error."""
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ if layer is None else f"{type(module).__name__} (layer {layer})"
+
+
+def check_looks_up(model: type[PreTrainedModel], name: str) -> None:
     if not looks_up_attention(model):
-        way_out = "" if model.main_input_name == "input_ids" else '; give it to the text alone, {"text_config": "stablemask"}'
+        way_out = "" if model.main_input_name == "input_ids" else f'; give it to the text alone, {{"text_config": "{name}"}}'
         raise NotImplementedError(
             f"{model.__name__} models do not use Transformers' attention interface: attn_implementation has no effect on "
-            f"them, and stablemask cannot serve them{way_out}"
+            f"them, and {name} cannot serve them{way_out}"
         )
 
 
@@ -38,6 +52,11 @@ def looks_up_attention(model: type[PreTrainedModel]) -> bool:
     others = [x for x in (*vars(sys.modules[model.__module__]).values(), *model.__mro__) if inspect.isclass(x)]
     taken = [x for x in others if issubclass(x, nn.Module) and x.__module__ not in (model.__module__, PreTrainedModel.__module__)]
     return any(LOOK_UP in (_source(x) or "") for x in taken)
+
+
+def has_sinks(model: type[PreTrainedModel]) -> bool:
+    """Whether a model's code hands its attention learned sinks."""
+    return re.search(r"\b(s_aux|sinks)=", _source(model) or "") is not None
 
 
 def _is_composite(model: type[PreTrainedModel]) -> bool:

@@ -1,4 +1,4 @@
-"""The keyword arguments that models hand their attention function: what each means to StableMask.
+"""The keyword arguments that models hand their attention function: what each means to us.
 
 Transformers lets every model pass what it likes. One that is unknown here may carry meaning (a selection of keys, a bias), so
 it is refused by name, never swallowed.
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sm_flex.runtime import readable
+from sm_flex_transformers.interface import layer_of, name_of
 
 # Harmless, with the reason. A keyword that is None, or False, asks for nothing and is not looked up.
 HARMLESS = {
@@ -36,10 +39,9 @@ HARMLESS = {
 }
 # Refused, and what the model means by it.
 REFUSED = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "head_mask": "a mask on its heads",
 }
+SINKS = ("s_aux", "sinks")
 SELECTIONS = ("indices", "block_indices")
 BIAS = "position_bias"
 
@@ -51,19 +53,47 @@ def check(module: nn.Module, kwargs: dict[str, Any]) -> None:
         NotImplementedError: naming the layer, the keyword and what it is.
     """
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise NotImplementedError("output_attentions=True: stablemask never forms the attention weights")
+        raise NotImplementedError(f"output_attentions=True: {name_of(module.config)} never forms the attention weights")
     for name, value in kwargs.items():
-        if value is None or value is False or name in HARMLESS or name in SELECTIONS or name == BIAS:
+        if value is None or value is False or name in HARMLESS or name in (*SINKS, *SELECTIONS, BIAS):
             continue
         if name in REFUSED:
             raise NotImplementedError(
-                f"{type(module).__name__} has {REFUSED[name]} ({name}), which stablemask does not take: use another "
-                "attn_implementation"
+                f"{type(module).__name__} has {REFUSED[name]} ({name}), which {name_of(module.config)} does not take: "
+                "use another attn_implementation"
             )
         raise NotImplementedError(
-            f"{type(module).__name__} hands its attention {name}=, which stablemask does not know: it may change who sees whom "
-            "or the scores, so it is not left out in silence"
+            f"{type(module).__name__} hands its attention {name}=, which {name_of(module.config)} does not know: it may "
+            "change who sees whom or the scores, so it is not left out in silence"
         )
+
+
+def sink(module: nn.Module, kwargs: dict[str, Any], query: Tensor) -> Tensor | None:
+    """A model's attention sinks, one number per head, (H,), or per head and row, (B, H, S); None where it has none.
+
+    Raises:
+        TypeError, ValueError: of another shape, not floating, on another device; or, where that can be seen without waiting
+            for a device, NaN or +inf.
+    """
+    found = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
+    if found is None:
+        return None
+    batch, heads, num_queries = query.shape[:3]
+    has = f"{layer_of(module)}: its attention sinks"
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise TypeError(f"{has} must be a floating tensor, got {getattr(found, 'dtype', type(found).__name__)}")
+    sinks = found.squeeze(-1) if found.dim() == 4 else found
+    fits = sinks.shape == (heads,) if sinks.dim() == 1 else sinks.shape == (batch, heads, num_queries)
+    if not fits:
+        raise ValueError(
+            f"{has} must be one number for each of its {heads} query heads, ({heads},), or for each head and row, "
+            f"({batch}, {heads}, {num_queries}, 1), got {tuple(found.shape)}"
+        )
+    if sinks.device != query.device:
+        raise ValueError(f"{has} must be on the device of its queries, {query.device}, got {sinks.device}")
+    if readable(sinks) and not bool((sinks < torch.inf).all()):
+        raise ValueError(f"{has} must be below inf and not NaN, got {sinks.detach()[~(sinks < torch.inf)][0].item()}")
+    return sinks
 
 
 def selected_keys(
@@ -81,7 +111,8 @@ def selected_keys(
     if indices is not None:
         if indices.dim() != 3 or indices.shape[1] != query.shape[2]:
             raise NotImplementedError(
-                f"{type(module).__name__} selects keys by indices of shape {tuple(indices.shape)}: stablemask takes (B, S, K)"
+                f"{type(module).__name__} selects keys by indices of shape {tuple(indices.shape)}: "
+                f"{name_of(module.config)} takes (B, S, K)"
             )
         none = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=query.device)
         return none.scatter(-1, indices.long(), True).unsqueeze(1)

@@ -13,9 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
 from sm_flex_transformers import forwards
-from sm_flex_transformers.interface import check_model_type
+from sm_flex_transformers.interface import check_model_type, name_of
 
-NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
+NOT_CAUSAL = (
+    "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): this attention is causal"
+)
 
 
 class Padding(NamedTuple):
@@ -52,8 +54,8 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     check_model_type(kwargs["config"].model_type)
     if "allow_is_bidirectional_skip" in kwargs:
         raise NotImplementedError(
-            "stablemask is causal and this model asks for a bidirectional mask, as encoders and cross-attention do: use another "
-            "attn_implementation"
+            f"{name_of(kwargs['config'])} is causal and this model asks for a bidirectional mask, as encoders and "
+            "cross-attention do: use another attn_implementation"
         )
     mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
     forwards.note_mask(padding)
@@ -104,7 +106,7 @@ def _version(mask: Tensor) -> int:
 
 def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
     if mask.dtype != torch.bool:
-        raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
+        raise TypeError(f"a custom attention mask must be bool under torch.compile, got {mask.dtype}")
     if num_queries > 1 and torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
     return mask

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from sm_flex import headwise_gamma
 from sm_flex_transformers import settings
+from sm_flex_transformers.interface import NAMES
 
 logger = logging.get_logger("transformers.sm_flex")
 
@@ -25,8 +26,8 @@ class GammaSchedule(TrainerCallback):
         start: > 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that does not run
-            stablemask, or whose config asks for a gamma that is not the target.
+        TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that runs neither
+            stablemask nor sm_flex, or whose config asks for a gamma that is not the target.
     """
 
     def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = 10.0) -> None:
@@ -51,10 +52,10 @@ class GammaSchedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         settings.hand_down(model.config)
         config = model.config.get_text_config()
-        if config._attn_implementation != "stablemask":
+        if config._attn_implementation not in NAMES:
             raise ValueError(
-                f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
-                'load it so, or model.set_attn_implementation("stablemask")'
+                f'GammaSchedule needs a model with attn_implementation="stablemask" or "sm_flex", '
+                f'got {config._attn_implementation!r}: load it so, or model.set_attn_implementation("stablemask")'
             )
         given = (settings.of(config) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.

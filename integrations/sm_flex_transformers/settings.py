@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import gamma_from, length_from
+from sm_flex_transformers.interface import name_of
 
 KEYS = ("gamma", "length")
 
@@ -55,8 +56,10 @@ def hand_down_first(config: Any) -> None:
         text.stablemask = whole
 
 
-def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings:
+def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings | None:
     """What config.stablemask asks for; head-wise and config.max_position_embeddings where it says nothing.
+
+    None, no StableMask, where there is no config.stablemask and the model runs sm_flex.
 
     Where Transformers' per_layer_config gives a layer a stablemask of its own, that is what counts there. keep lets calls
     share one gamma on the device: not of a trace, which holds it as a constant, nor with fake tensors.
@@ -64,12 +67,14 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
-    given = of(config)
+    given, name = of(config), name_of(config)
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
         own = getattr(config, "stablemask", None)
         given = given if own is None else own
     if given is None:
+        if name == "sm_flex":
+            return None
         given = {}
     if not isinstance(given, dict):
         raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")

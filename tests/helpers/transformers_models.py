@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-import sm_flex_transformers  # noqa: F401  (registers stablemask)
+import sm_flex_transformers  # noqa: F401  (registers stablemask and sm_flex)
 from sm_flex import headwise_gamma
 from sm_flex.testing import oracle
 
@@ -61,6 +61,7 @@ def eq_11(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
 
@@ -84,7 +85,16 @@ def eq_11(
     if not isinstance(bias, Tensor):
         bias = None
     out, _ = oracle(
-        query, key, value, gamma=gamma, length=length, positions=position_ids, visible=visible, bias=bias, scale=scaling
+        query,
+        key,
+        value,
+        gamma=gamma,
+        length=length,
+        positions=position_ids,
+        visible=visible,
+        bias=bias,
+        scale=scaling,
+        sink=sink,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -95,6 +105,7 @@ def oracle_attention(
     """Equation 11 with head-wise gamma, and the keys that a model's indexer selects."""
     setting = getattr(module.config, "stablemask", None) or COMMON["stablemask"]
     assert setting["gamma"] == "headwise"
+    sinks = given["sinks"].squeeze(-1) if "sinks" in given else given.get("s_aux")
     indices, blocks = given.get("indices"), given.get("block_indices")
     if indices is not None:
         assert attention_mask is not None
@@ -107,7 +118,7 @@ def oracle_attention(
     out = eq_11(
         query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
-        position_bias=given.get("position_bias"),
+        position_bias=given.get("position_bias"), sink=sinks,
     )  # fmt: skip
     return out, None
 
@@ -126,7 +137,8 @@ def agree(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def model_of(config: Any, attention: str = "stablemask", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    given = {"attn_implementation": attention, "experts_implementation": "eager"}  # the other experts know no float64
+    return AutoModelForCausalLM.from_config(config, **given).double().eval()
 
 
 def config_class(model_type: str) -> Any:

@@ -58,14 +58,13 @@ def _several_axes() -> bool:
 REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("never looks its attention up", r"(\S+) models do not use Transformers' attention interface",
      lambda said, case: _never_asks(said[1], case)),
-    ("attention sinks", r"(\w+) has attention sinks \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
-    ("asks for a bidirectional mask", r"stablemask is causal and this model asks for a bidirectional mask",
+    ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
 ]  # fmt: skip
 
