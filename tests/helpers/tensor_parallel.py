@@ -12,6 +12,12 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import sm_flex_transformers  # noqa: F401  (registers stablemask)
 
 
+def load(path: str, **options: Any) -> Any:
+    """float64, which the experts have in eager alone."""
+    options = {"attn_implementation": "stablemask", "experts_implementation": "eager", "dtype": torch.float64, **options}
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
 def results(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """The logits, every parameter's gradient of a fixed function of them, and tokens that were generated."""
     logits = model(ids, use_cache=False).logits
@@ -29,16 +35,13 @@ def _whole(x: Tensor) -> Tensor:
 def rank_main(rank: int, folder: str, jobs: dict[str, dict[str, Any]]) -> None:
     """One of two processes: FOLDER/<rank>.pt has for each job's name its results, or the words that it was refused in.
 
-    A job is {"path", "attention", "ids"}, and "plan" where it is not the model's own.
+    A job is {"path", "ids"}, and "plan" where it is not the model's own.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for name, job in jobs.items():
-        split = DistributedConfig(tp_size=2, tp_plan=job.get("plan", "auto"))
-        model = AutoModelForCausalLM.from_pretrained(
-            job["path"], distributed_config=split, attn_implementation=job["attention"], dtype=torch.float64
-        ).eval()
+        model = load(job["path"], distributed_config=DistributedConfig(tp_size=2, tp_plan=job.get("plan", "auto")))
         try:
             found[name] = results(model, job["ids"])
         except (ValueError, NotImplementedError) as error:  # on both alike, or one would wait for the other

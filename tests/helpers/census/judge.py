@@ -50,6 +50,12 @@ def _never_asks(name: str, case: Case) -> bool:
     return not any(id(call.module) in within for call in RECORD.calls)
 
 
+def _not_causal(name: str) -> bool:
+    """A layer of that class looked its attention up and said that it is not causal."""
+    mine = [call for call in RECORD.calls if type(call.module).__name__ == name]
+    return any(not call.keywords.get("is_causal", getattr(call.module, "is_causal", True)) for call in mine)
+
+
 def _several_axes() -> bool:
     return any(call.keywords["position_ids"].dim() != 2 for call in RECORD.calls if "position_ids" in call.keywords)
 
@@ -64,6 +70,7 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
+    ("a layer that is not causal", r"\w+ is causal and (\w+) is not", lambda said, _: _not_causal(said[1])),
     ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
 ]  # fmt: skip

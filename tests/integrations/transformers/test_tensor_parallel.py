@@ -1,26 +1,33 @@
 """Transformers' tensor parallelism, tp_plan="auto", on two processes: each rank has the gammas of its own heads."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import GptOssConfig, LlamaConfig
 
 from sm_flex_transformers import stablemask_attention
-from tests.helpers.tensor_parallel import rank_main, results
-from tests.helpers.transformers_models import COMMON, LENGTH, agree, model_of, tokens
+from tests.helpers.tensor_parallel import load, rank_main, results
+from tests.helpers.transformers_models import COMMON, LENGTH, agree, config_class, model_of, tokens
 
 HEADS: dict[str, Any] = {**COMMON, "num_attention_heads": 8, "hidden_size": 64}
 K_AND_V = ("model.layers.*.self_attn.k_proj", "model.layers.*.self_attn.v_proj")
+SINKS: dict[str, Any] = {
+    **HEADS,
+    "num_key_value_heads": 4,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 7,
+}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**HEADS, num_key_value_heads=4),
+    "gpt_oss": lambda: GptOssConfig(**SINKS, head_dim=8, num_local_experts=2, num_experts_per_tok=1),  # shards no head
+    "granite_swa": lambda: config_class("granite_swa")(**SINKS),  # whose sinks come sliced
     "three heads": lambda: LlamaConfig(**{**HEADS, "num_attention_heads": 3, "hidden_size": 24}),
     "one key head": lambda: LlamaConfig(**HEADS, num_key_value_heads=1),
 }
 PLANS = {"keys on every rank": dict.fromkeys(K_AND_V, "colwise_gather_output")}
-SERVED = ["llama"]
+SERVED = ["llama", "gpt_oss", "granite_swa"]
 
 Ran = dict[str, tuple[Any, list[Any]]]
 
@@ -31,7 +38,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("tensor_parallel")
     torch.manual_seed(3)
     ids = tokens(2, LENGTH + 4)
-    jobs = {name: {"path": str(folder / name), "attention": "stablemask", "ids": ids} for name in CONFIGS}
+    jobs = {name: {"path": str(folder / name), "ids": ids} for name in CONFIGS}
     for name, config in CONFIGS.items():
         model_of(config()).save_pretrained(folder / name)
     jobs |= {name: {**jobs["llama"], "plan": plan} for name, plan in PLANS.items()}
@@ -39,11 +46,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         spawn(rank_main, (str(folder), jobs), nprocs=2)
     both = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    return {name: (alone(folder / name, ids) if name in SERVED else None, [x[name] for x in both]) for name in jobs}
-
-
-def alone(path: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return results(AutoModelForCausalLM.from_pretrained(path, attn_implementation="stablemask", dtype=torch.float64).eval(), ids)
+    return {name: (results(load(str(folder / name)), ids) if name in SERVED else None, [x[name] for x in both]) for name in jobs}
 
 
 @pytest.mark.parametrize("name", SERVED)
