@@ -32,19 +32,20 @@ def stablemask_attention(
 
     Args:
         query: (B, H, S, D). key, value: (B, Hkv, T, D), the cache included.
-        attention_mask: what stablemask_mask made, or a user's own (B, 1, S, T): bool, or float with 0 and the minimum. None is
-            plain causal attention; more keys than positions then means a static cache whose later slots are still empty.
+        attention_mask: what stablemask_mask made, or one of the user's or the model's own (B, 1|H, S, T): bool, or floating,
+            with the minimum or -inf where a key is hidden, and elsewhere added to the scores. None is plain causal attention;
+            more keys than positions then means a static cache whose later slots are still empty.
         position_ids: (B, S) or (1, S), each token's position in its own sequence. Where there are more of them than queries,
             the model has dropped rows (Gemma 4 before its layers with shared keys): the last ones are those of the queries.
         softcap: tanh(score / softcap) * softcap on the real scores (Gemma 2).
-        kwargs: whatever else the model hands its attention: harmless, a selection of keys, or refused (keywords.py).
+        kwargs: whatever else the model hands its attention: harmless, a selection of keys, a bias, or refused (keywords.py).
 
     Returns:
         (B, S, H, D), and None: there are no attention weights.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
-            sinks of another shape, a bias on the scores, missing or multi-axis position_ids, a keyword that is not known.
+            sinks of another shape, missing or multi-axis position_ids, a keyword that is not known.
     """
     forwards.note_call()
     _check(module, is_causal, kwargs)
@@ -71,11 +72,13 @@ def stablemask_attention(
     elif kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2 and visible is None:
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
     window = windows.width(kwargs.get("sliding_window"), attention_mask, num_keys)
-    if window is not None and documents is None and num_queries < num_keys:
+    by_slot = any(kwargs.get(name) is not None for name in (*keywords.SELECTIONS, keywords.BIAS))
+    if window is not None and documents is None and num_queries < num_keys and not by_slot:
         key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
         num_keys, window = key.shape[2], window if num_queries > 1 else None
     selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
-    if visible is None and selected is None and softcap is None and dropout == 0.0 and num_queries > 1:
+    bias = keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys)
+    if visible is None and not by_slot and softcap is None and dropout == 0.0 and num_queries > 1:
         whole = documents is None or (documents.cu_seqlens is not None and num_queries == num_keys)
         needed = window is not None or documents is not None or num_queries < num_keys
         if needed and whole and windows.has_kernel(query):
@@ -90,10 +93,17 @@ def stablemask_attention(
         visible = selected if visible is None else visible & selected
     if window is not None or (visible is None and 1 < num_queries < num_keys):
         visible = windows.narrowed(visible, window, num_queries, num_keys, query.device)
-    if asked is None and sink is None and softcap is None:
+    allowed = visible
+    if bias is not None:
+        if softcap is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} has soft-capping and a bias on the scores: {name_of(module.config)} takes one"
+            )
+        allowed = bias.to(query.dtype) if visible is None else bias.to(query.dtype).masked_fill(~visible, -torch.inf)
+    if asked is None and sink is None and softcap is None and bias is None:
         return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
     if not ordered:
-        key, value, visible = windows.behind_all(key, value, visible, num_queries)
+        key, value, allowed = windows.behind_all(key, value, allowed, num_queries)
         num_keys = key.shape[2]
     if asked is not None and sink is None and softcap is None and positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
@@ -101,7 +111,7 @@ def stablemask_attention(
         mask = layer_masks.make(asked, positions, query, num_keys, _soft_capping(softcap), sink)
     out = scaled_dot_product_attention(
         query, key, value,
-        attn_mask=visible, dropout_p=dropout, is_causal=visible is None and num_queries > 1, scale=scaling, enable_gqa=True,
+        attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and num_queries > 1, scale=scaling, enable_gqa=True,
         score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from sm_flex_transformers import settings
+from sm_flex_transformers import settings, sharding
 from sm_flex_transformers.interface import name_of
 
 
@@ -56,6 +56,7 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
         settings.hand_down_first(model.config)
         return
     settings.hand_down(model.config)
+    sharding.check_plan(model)
     _RUNNING.position_ids = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None

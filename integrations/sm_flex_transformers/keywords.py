@@ -39,11 +39,11 @@ HARMLESS = {
 }
 # Refused, and what the model means by it.
 REFUSED = {
-    "position_bias": "a bias on the scores",
     "head_mask": "a mask on its heads",
 }
 SINKS = ("s_aux", "sinks")
 SELECTIONS = ("indices", "block_indices")
+BIAS = "position_bias"
 
 
 def check(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def check(module: nn.Module, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise NotImplementedError(f"output_attentions=True: {name_of(module.config)} never forms the attention weights")
     for name, value in kwargs.items():
-        if value is None or value is False or name in HARMLESS or name in SINKS + SELECTIONS:
+        if value is None or value is False or name in HARMLESS or name in (*SINKS, *SELECTIONS, BIAS):
             continue
         if name in REFUSED:
             raise NotImplementedError(
@@ -141,3 +141,25 @@ def check_selected_within(module: nn.Module, told: Tensor | None, visible: Tenso
         torch.ops.aten._assert_async.msg(same, why)
     elif not same:
         raise NotImplementedError(why)
+
+
+def bias_on_scores(
+    module: nn.Module, kwargs: dict[str, Any], mask_bias: Tensor | None, query: Tensor, num_keys: int
+) -> Tensor | None:
+    """What the model adds to the real scores, (1|B, 1|H, S, T): position_bias (Inkling), and a float mask's own (Doge).
+
+    Raises:
+        NotImplementedError: a bias of another form.
+    """
+    bias = kwargs.get(BIAS)
+    if bias is None:
+        return mask_bias
+    batch, heads, num_queries = query.shape[:3]
+    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    if not fits or bias.shape[2] != num_queries or bias.shape[3] < num_keys:
+        raise NotImplementedError(
+            f"{type(module).__name__} has a bias on the scores (position_bias) of shape {tuple(bias.shape)}: stablemask takes "
+            f"(B, H, S, T), here {(batch, heads, num_queries, num_keys)}"
+        )
+    bias = bias[..., :num_keys]  # the unused slots of a static cache
+    return bias if mask_bias is None else bias + mask_bias

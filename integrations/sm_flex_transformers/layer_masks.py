@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import StableMask, stablemask
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import settings
+from sm_flex_transformers import settings, sharding
 from sm_flex_transformers.masks import has_values
 
 # By the position ids of a forward, of which every layer is handed the same tensor: (their version, the StableMask).
@@ -18,7 +18,11 @@ _CACHED = WeakIdKeyDictionary()
 
 def asked(module: Any, query: Tensor) -> settings.Settings | None:
     """What config.stablemask asks of a layer; None where it is to run without StableMask."""
-    return settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep=has_values(query))
+    keep = has_values(query)
+    given = settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep)
+    if given is None:
+        return None
+    return given._replace(gamma=sharding.of_own_heads(module, given.gamma, query.shape[1], keep))
 
 
 def make(

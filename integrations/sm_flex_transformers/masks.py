@@ -35,6 +35,7 @@ class Seen(NamedTuple):
     by_user: bool  # a mask that the user made
     masked: bool  # the model was called with a 2-D attention_mask, padding or not
     padding: Padding | None
+    bias: Tensor | None = None  # floating, (B, 1|H, S, T): what a float mask adds to the scores of visible keys
 
 
 # Every layer of a forward is handed the same tensors, and reading one on a GPU waits for it: what was found out is kept.
@@ -100,7 +101,7 @@ def has_values(x: Tensor) -> bool:
 
 
 def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num_keys: int, ordered: bool = True) -> Seen:
-    """What a layer was given. A mask that the user made may be a float padding mask.
+    """What a layer was given. A mask that the user or the model made may be floating, and add to the scores.
 
     ordered: False where the keys stand in no order, so that the mask is not asked whether it is causal by their slots.
     """
@@ -114,7 +115,8 @@ def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num
     version, made = _MADE.get(StorageWeakRef(mask.untyped_storage())) or (None, None)
     if made is not None and version == _version(mask):
         return made._replace(visible=mask)
-    return Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
+    visible = _as_bool(mask, num_queries, num_keys)
+    return Seen(visible, True, True, None, mask if _adds(mask, visible) else None)
 
 
 def _version(mask: Tensor) -> int:
@@ -137,17 +139,16 @@ def _as_bool(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
         )
     visible = mask
     if mask.is_floating_point():
-        visible = mask == 0
-        if not (visible | (mask <= torch.finfo(mask.dtype).min)).all():
-            raise NotImplementedError(
-                "a float attention mask, passed to the model or made by it, must hold 0 where a key is visible and the dtype's "
-                "minimum or -inf where it is not: this attention takes no additive bias this way, use "
-                "sm_flex.stablemask(..., score_mod=...) in a model of your own"
-            )
+        visible = ~(mask <= torch.finfo(mask.dtype).min)  # a NaN is no key that nobody sees
     elif mask.dtype != torch.bool:
         raise TypeError(f"a custom attention mask must be bool or floating, got {mask.dtype}")
     _check_causal(visible, num_keys - num_queries)
     return visible
+
+
+def _adds(mask: Tensor, visible: Tensor) -> bool:
+    """Whether a mask is more than padding. One that is learned may be all 0 and wants its gradient."""
+    return mask.is_floating_point() and (mask.requires_grad or bool((visible & (mask != 0)).any()))
 
 
 def _check_causal(visible: Tensor, offset: int) -> None:
@@ -245,5 +246,5 @@ def _if_any(starts_BP: Tensor) -> Documents | None:
 
 def _real(visible: Tensor) -> Tensor:
     """(B, T): a padding slot does not even see itself; of rows that were dropped, what the others see is all that counts."""
-    rows_BST = visible[:, 0]
+    rows_BST = visible[:, 0] if visible.shape[1] == 1 else visible.any(1)  # heads may have selections of their own
     return rows_BST.diagonal(dim1=-2, dim2=-1) if rows_BST.shape[-2] == rows_BST.shape[-1] else rows_BST.any(1)

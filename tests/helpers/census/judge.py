@@ -50,9 +50,10 @@ def _never_asks(name: str, case: Case) -> bool:
     return not any(id(call.module) in within for call in RECORD.calls)
 
 
-def _adds_a_bias() -> bool:
-    masks = [call.mask for call in RECORD.calls if call.mask is not None and call.mask.is_floating_point()]
-    return any(((mask != 0) & (mask > torch.finfo(mask.dtype).min)).any() for mask in masks)
+def _not_causal(name: str) -> bool:
+    """A layer of that class looked its attention up and said that it is not causal."""
+    mine = [call for call in RECORD.calls if type(call.module).__name__ == name]
+    return any(not call.keywords.get("is_causal", getattr(call.module, "is_causal", True)) for call in mine)
 
 
 def _several_axes() -> bool:
@@ -63,14 +64,13 @@ def _several_axes() -> bool:
 REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("never looks its attention up", r"(\S+) models do not use Transformers' attention interface",
      lambda said, case: _never_asks(said[1], case)),
-    ("a bias on the scores", r"(\w+) has a bias on the scores \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
-    ("a bias in its mask", r"a float attention mask, passed to the model or made by it, must hold 0", lambda *_: _adds_a_bias()),
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
+    ("a layer that is not causal", r"\w+ is causal and (\w+) is not", lambda said, _: _not_causal(said[1])),
     ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
 ]  # fmt: skip

@@ -30,16 +30,16 @@ SERVED = {
     "state spaces between": ["bamba", "zamba2"],
     "pairs of heads, and other heads in each layer": ["diffllama", "laguna"],
     "several position axes": ["qwen2_vl_text"],
+    "a bias in its mask": ["doge"],
     "composite": ["gemma3", "gemma4"],
     "no position_ids": ["persimmon"],
     "attention sinks": ["gpt_oss", "granite_swa"],
 }
 NOT_SERVED = {
     "never looks its attention up": ["bloom", "openai-gpt", "xlm", "mamba", "falcon"],
-    "a bias on the scores": ["inkling_text"],
-    "a bias in its mask": ["doge"],
     "asks for a bidirectional mask": ["bart"],
-    "no position_ids": ["llama4_text", "deepseek_v32", "dory", "recurrent_gemma"],
+    "a layer that is not causal": ["inkling2_text"],
+    "no position_ids": ["llama4_text", "deepseek_v32", "dory", "recurrent_gemma", "inkling_text"],
 }
 EXPECTED = {name: Outcome(RIGHT) for names in SERVED.values() for name in names} | {
     name: Outcome(REFUSED, reason) for reason, names in NOT_SERVED.items() for name in names

@@ -98,7 +98,9 @@ def call(**kwargs: Any) -> Any:
     ("keyword", "why"),
     [
         ({"tree_of_tokens": torch.ones(1)}, "LlamaAttention hands its attention tree_of_tokens=, which stablemask does not know"),
-        ({"position_bias": torch.zeros(1, 6, 5, 5)}, r"has a bias on the scores \(position_bias\)"),
+        ({"position_bias": torch.zeros(1, 3, 5, 5)}, r"has a bias on the scores \(position_bias\) of shape \(1, 3, 5, 5\)"),
+        ({"position_bias": torch.zeros(5, 5)}, r"takes \(B, H, S, T\), here \(1, 6, 5, 5\)"),
+        ({"position_bias": torch.zeros(1, 6, 5, 5), "softcap": 2.0}, "has soft-capping and a bias on the scores"),
         (
             {"indices": torch.zeros(5, dtype=torch.int32)},
             r"selects keys by indices of shape \(5,\): stablemask takes \(B, S, K\)",
