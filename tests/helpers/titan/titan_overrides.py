@@ -23,6 +23,8 @@ def main() -> dict[str, Any]:
     attention = titan_configs.llama3().model_spec.model.layers[0].attention
     cases = [(attention, kwargs) for kwargs in KWARGS]
     cases.append((replace(attention, inner_attention=ScaledDotProductAttention.Config()), {}))
+    cases.append((attention, {"learned": 1}))
+    cases.append((replace(attention, n_heads=2), {"learned": True, "gamma": [0.5, 0]}))
     said = []
     for given, kwargs in cases:
         try:
