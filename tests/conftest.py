@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
@@ -49,7 +50,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
-    option.dist = "loadfile" if option.numprocesses else "no"
+    by_file = "no" if not option.numprocesses else "loadfile"
+    option.dist = "worksteal" if option.numprocesses and "cuda_model" in option.markexpr else by_file
     option.loadscopereorder = False
 
 
@@ -109,6 +111,16 @@ def cuda_model() -> Iterator[None]:
 
     with installed():
         yield
+
+
+@pytest.fixture
+def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: all rows of a head in one tile, since Triton's interpreter takes 40 ms for one of any size."""
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from sm_flex.epilogue import kernel
+
+        monkeypatch.setattr(kernel, "TILE_BYTES", 2**20)
+        monkeypatch.setattr(kernel, "MAX_ROWS", 512)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from sm_flex.testing.gradients import Attention
 from tests.helpers.gpu import DEVICE, HALF, assert_matches_eq11_with_gamma_fixed, name_of
 from tests.helpers.problems import flex_with_lse, gamma_of, qkv
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_tile")]
 
 KERNELS = [
     *(("FLASH_ATTENTION", dtype) for dtype in HALF),

@@ -21,6 +21,7 @@ from tests.helpers.watching import Operations
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("one_tile"),
     # What torch says of its own prototypes (synchronisation debugging) and of its compiler.
     pytest.mark.filterwarnings("ignore::Warning:torch"),
 ]

@@ -16,7 +16,7 @@ from tests.helpers.gpu import DEVICE
 from tests.helpers.problems import gamma_of, qkv
 from tests.helpers.watching import Operations, engines_used
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_tile")]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, attn_mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:

@@ -15,7 +15,7 @@ Agreement with the model says that the library keeps to the contract as it is wr
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from torch.library import Library
 from sm_flex import runtime
 from sm_flex.epilogue import remask
 from tests.helpers.cuda_model import choice, cudnn, efficient, flash
-from tests.helpers.interpreter import exact_bf16
+from tests.helpers.triton_rounding import exact_bf16
 
 OPS: dict[str, Any] = {
     "_scaled_dot_product_flash_attention": flash.sdpa,
@@ -44,7 +44,7 @@ def installed() -> Iterator[None]:
     library = Library("aten", "IMPL")
     cudnn.GRAPHS.clear()
     try:
-        with pytest.MonkeyPatch.context() as patch, exact_bf16():
+        with pytest.MonkeyPatch.context() as patch, exact_bf16() if runtime.HAS_TRITON else nullcontext():
             for name, op in OPS.items():
                 library.impl(name, op, "CPU")
             patch.setattr(runtime, "KERNEL_DEVICE", "cpu")

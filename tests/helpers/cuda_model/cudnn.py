@@ -20,9 +20,10 @@ from tests.helpers.cuda_model.attention import (
     uninitialised,
 )
 
-# cudnn/MHA.cpp: backward graphs are kept, and found again by q, k, v and the bias. The strides of out and grad_out are those
-# of the call that built the graph. (The key of torch 2.14 takes more tensors; which ones, its binary does not say.)
-GRAPHS: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+# cudnn/MHA.cpp: backward graphs are kept, and found again by q, k, v and the bias; the strides of out are those of the call
+# that built the graph. (The key of torch 2.14 takes three more tensors; which ones, its binary does not say. grad_out comes
+# in the strides of whoever calls, for torch's own attention too, so those are not held against a call.)
+GRAPHS: dict[Any, tuple[int, ...]] = {}
 
 
 def sdpa(
@@ -69,16 +70,12 @@ def sdpa_backward(
 ) -> tuple[Tensor, ...]:
     ends = (philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
     contract.cudnn_backward(grad_out, query, key, value, out, logsumexp, *ends)
-    if grad_out.stride(-1) != 1:  # MHA.cpp: permute_to_matching_layout
-        grad_out = uninitialised(out).copy_(grad_out)
     tensors = (query, key, value) if attn_bias is None else (query, key, value, attn_bias)
     graph = (query.dtype, dropout_p, is_causal, *((tuple(x.shape), x.stride()) for x in tensors))
-    out_strides, grad_strides = GRAPHS.setdefault(graph, (out.stride(), grad_out.stride()))
-    o = memory_of(out, tuple(out.shape), out_strides, "cudnn: out")
-    do = memory_of(grad_out, tuple(grad_out.shape), grad_strides, "cudnn: grad_out")
+    o = memory_of(out, tuple(out.shape), GRAPHS.setdefault(graph, out.stride()), "cudnn: out")
     dropout = Dropout(dropout_p, int(philox_seed), int(philox_offset))
     scores = _scores(query, key, attn_bias, is_causal, scale)
-    dq, dk, dv, _ = backward(scores, value, do, row_sums(o, do), logsumexp.squeeze(-1), dropout)
+    dq, dk, dv, _ = backward(scores, value, grad_out, row_sums(o, grad_out), logsumexp.squeeze(-1), dropout)
     dk, dv = [summed(x, key.shape[1], query.dtype) for x in (dk, dv)]
     return tuple(uninitialised(x).copy_(grad) for x, grad in ((query, dq), (key, dk), (value, dv)))
 
