@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sm_flex.flash_attn as flash_attn
 from sm_flex import flex_attention, headwise_gamma, stablemask
-from sm_flex.testing import assert_within_error_budget
+from sm_flex.testing import assert_within_error_budget, check_attention
 from tests.helpers.flash_attn import reference
 
 # Each is a list of the two lengths of one sequence, queries and keys.
@@ -252,6 +252,21 @@ def test_without_a_length_n_is_that_of_the_call() -> None:
     out = flex_attention(x, x, x, score_mod=stablemask(0.2, length=7))
     assert isinstance(out, Tensor)
     torch.testing.assert_close(flash_attn.flash_attn_func(q, q, q, causal=True, score_mod=stablemask(0.2)), out.transpose(1, 2))
+
+
+def test_every_law_of_stablemask() -> None:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, visible: Any, scale: Any, sink: Any = None, **options: Any
+    ) -> Tensor:
+        if visible is not None:
+            raise NotImplementedError("masks are not flash-attn's")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = stablemask(gamma, sink=sink, **options)
+        return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, score_mod=mask).transpose(1, 2)
+
+    report = check_attention(attention, max_examples=4)
+    no_lse, masked = {"log_sum_exp", "gradient_of_lse"}, {"masks", "packed_is_one_by_one", "padding_changes_nothing"}
+    assert set(report.not_run) == no_lse | masked
 
 
 def test_gamma_inf_is_flash_attn_itself() -> None:

@@ -64,12 +64,12 @@ def test_a_decode_step_compiles_and_writes_the_cache(masked: bool) -> None:
         options: dict[str, Any] = {"score_mod": OUTSIDE} if masked else {}
         return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=held, causal=True, **options)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    steps: Any = (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
     q, k, v = torch.randn(2, 1, H, 8), torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8)
     for held in ([3, 5], [4, 4]):
         caches: Any = [torch.ones(2, 2, 9, 2, 8) for _ in range(2)]
         lengths = torch.tensor(held).int()
-        expected, ours = (fn(q, *cache, k, v, lengths) for fn, cache in zip((step, compiled), caches, strict=True))
+        expected, ours = (fn(q, *cache, k, v, lengths) for fn, cache in zip(steps, caches, strict=True))
         torch.testing.assert_close(ours, expected)
         assert torch.equal(*caches)
         assert (caches[0] == 1).float().mean() < 1
