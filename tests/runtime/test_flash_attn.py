@@ -134,6 +134,8 @@ def test_no_value_of_a_gpus_tensor_is_waited_for(monkeypatch: pytest.MonkeyPatch
             assert (out.shape, out.device.type, lse.shape) == (q.shape, "cuda", (2, H, 1))
             rows = fake(2, 16, H, 64)
             assert flash_attn_func(rows, k_cache, k_cache, causal=True, window_size=(3, 0), **options).shape == rows.shape
+            both = {**options, "window_size": (3, 2 if "score_mod" not in options else 0), "causal": "score_mod" in options}
+            assert flash_attn_func(rows, k_cache, k_cache, **both).shape == rows.shape
             packed = flash_attn_varlen_func(fake(9, H, 64), fake(9, 2, 64), fake(9, 2, 64), cu, cu, 5, 5, causal=True, **options)
             assert packed.shape == (9, H, 64)
         with pytest.raises(NotImplementedError, match=r"deterministic .* torch.use_deterministic_algorithms\(True\)"):
