@@ -64,12 +64,12 @@ def test_a_decode_step_compiles_and_writes_the_cache(masked: bool) -> None:
         options: dict[str, Any] = {"score_mod": OUTSIDE} if masked else {}
         return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=held, causal=True, **options)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    steps: Any = (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
     q, k, v = torch.randn(2, 1, H, 8), torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8)
     for held in ([3, 5], [4, 4]):
         caches: Any = [torch.ones(2, 2, 9, 2, 8) for _ in range(2)]
         lengths = torch.tensor(held).int()
-        expected, ours = (fn(q, *cache, k, v, lengths) for fn, cache in zip((step, compiled), caches, strict=True))
+        expected, ours = (fn(q, *cache, k, v, lengths) for fn, cache in zip(steps, caches, strict=True))
         torch.testing.assert_close(ours, expected)
         assert torch.equal(*caches)
         assert (caches[0] == 1).float().mean() < 1
@@ -134,6 +134,8 @@ def test_no_value_of_a_gpus_tensor_is_waited_for(monkeypatch: pytest.MonkeyPatch
             assert (out.shape, out.device.type, lse.shape) == (q.shape, "cuda", (2, H, 1))
             rows = fake(2, 16, H, 64)
             assert flash_attn_func(rows, k_cache, k_cache, causal=True, window_size=(3, 0), **options).shape == rows.shape
+            both = {**options, "window_size": (3, 2 if "score_mod" not in options else 0), "causal": "score_mod" in options}
+            assert flash_attn_func(rows, k_cache, k_cache, **both).shape == rows.shape
             packed = flash_attn_varlen_func(fake(9, H, 64), fake(9, 2, 64), fake(9, 2, 64), cu, cu, 5, 5, causal=True, **options)
             assert packed.shape == (9, H, 64)
         with pytest.raises(NotImplementedError, match=r"deterministic .* torch.use_deterministic_algorithms\(True\)"):
