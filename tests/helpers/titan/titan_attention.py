@@ -39,7 +39,7 @@ def configs() -> dict[str, Any]:
 
 
 def qwen3_5() -> Any:
-    """The model's config. Its linear attention's library cannot be imported without a GPU, and full attention needs none of it."""
+    """The model's config. The library of its linear attention wants a GPU, and its full attention needs none of that."""
     for name in ("fla", "fla.modules", "fla.modules.conv", "fla.modules.conv.triton", "fla.modules.conv.triton.ops",
                  "fla.ops", "fla.ops.gated_delta_rule", "fla.ops.gated_delta_rule.chunk",
                  "fla.ops.gated_delta_rule.fused_recurrent"):  # fmt: skip

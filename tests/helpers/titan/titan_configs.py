@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torchtitan.models.deepseek_v3.config_registry as deepseek_registry
+import torchtitan.models.gpt_oss as gpt_oss_models
 import torchtitan.models.gpt_oss.config_registry as gpt_oss_registry
 import torchtitan.models.kimi_k2_7 as kimi_models
 import torchtitan.models.llama3.config_registry as llama3_registry
@@ -29,7 +30,14 @@ def qwen3() -> Any:
 
 
 def gpt_oss() -> Any:
-    return _with_experts(gpt_oss_registry.gpt_oss_debugmodel())
+    """With 8 of its 64 query heads, and one of its 8 key heads."""
+    config = gpt_oss_registry.gpt_oss_debugmodel()
+    for i, layer in enumerate(config.model_spec.model.layers):
+        old = layer.attention
+        layer.attention = gpt_oss_models._make_gptoss_attn_config(
+            dim=old.dim, layer_id=i, n_heads=8, n_kv_heads=1, sliding_window_size=old.sliding_window_size, rope=old.rope
+        )
+    return _with_experts(config)
 
 
 def deepseek_v3() -> Any:
@@ -68,7 +76,8 @@ def _small(config: Any) -> Any:
 def _with_experts(config: Any) -> Any:
     """Experts compute in bf16 whatever is asked, and want the rest of the model to do so too."""
     config = _small(config)
-    config.training.mixed_precision_param, config.training.steps = "bfloat16", 2
+    training = config.training
+    training.mixed_precision_param, training.local_batch_size, training.steps = "bfloat16", 1, 2
     config.optimizer = default_adamw(lr=1e-3)
     for layer in config.model_spec.model.layers:
         if layer.moe is not None:

@@ -2,8 +2,9 @@
 
 JOBS is a list of {"name", "program", "argv", "both_ranks"}: program is the module to run, torchtitan.train or another, and
 both_ranks asks for the rows of two data-parallel ranks in one batch. RESULT.<rank>.json has for each name the losses and
-gradient norms of its steps, the keys and a checksum of its state dict, what it learned of gamma and the classes of its attention,
-or how it was refused. Several jobs share one process, whose imports take longer than they do; none can make the mesh of another again.
+gradient norms of its steps, the keys and a checksum of its state dict, what it learned of gamma and the classes of its
+attention, or how it was refused. Several jobs share one process, whose imports take longer than they do; none can make the
+mesh of another again.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from tests.helpers.titan.launch import ORACLE, OURS, STABLEMASK, STOCK, Results,
 
 pytestmark = needs_torchtitan
 EXPERTS = ("gpt_oss", "deepseek_v3")
-HEAVY = [*STABLEMASK, "--attn.gamma", "0", "--attn.length", "8192"]
+HEAVY = [*STABLEMASK, "--attn.gamma", "0", "--attn.length", "2048"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def found(folder: Path) -> Results:
     for name in EXPERTS:
         jobs += [
             job(name, OURS, *HEAVY, config=name),
-            job(f"{name}, oracle", STOCK, *override(ORACLE, gamma=0.0, length=8192), config=name),
+            job(f"{name}, oracle", STOCK, *override(ORACLE, gamma=0.0, length=2048), config=name),
             job(f"{name}, causal", STOCK, *override(ORACLE, gamma=math.inf), config=name),
         ]
     return run(folder, jobs, 1)[0]

@@ -5,7 +5,6 @@ The trainings run in processes of their own (titan_driver.py), one fixture for e
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -198,4 +197,11 @@ def test_kwargs_that_the_override_refuses(alone: Results):
         "ValueError: inner_attention must be one of torchtitan's flex, flex_flash, varlen, got ScaledDotProductAttention.Config",
         "TypeError: learned must be true or false, got 1",
         "ValueError: gamma must be above 0 and finite where it is learned, since it stays positive, got [0.5, 0]",
+        "TypeError: positions must be those in the document, (B, L), got (1, 8, 3): 3-D ones go on varlen",
+        "TypeError: out_transform is served where it applies the model's sinks, and nothing else",
     ]
+
+
+def test_layers_that_predict_further_tokens_have_it_too(alone: Results):
+    layers = [*[f"layers.{i}" for i in range(6)], "mtp_layers.0"]
+    assert alone["overrides"]["mtp"] == [f"model_spec.model.{layer}.attention" for layer in layers]
