@@ -3,6 +3,8 @@
 Whatever the kernel serves is served: chunks, prefix caching, windows, soft capping, an fp8 cache, any instruction set.
 """
 
+# pyright: reportMissingImports=false
+
 from typing import Any, cast
 
 import torch

@@ -3,6 +3,8 @@
 Run on a CPU in the tests, with the paged cache written in plain PyTorch. Not yet run on a GPU.
 """
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 from torch import Tensor

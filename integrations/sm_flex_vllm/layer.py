@@ -1,5 +1,7 @@
 """What the attention layers of every served backend share: their settings, and their table of log M."""
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ class StableMaskLayer:
             assert self.stablemask is not None
             if "serves_stablemask" not in vars(layer.attn_backend):
                 raise NotImplementedError(
-                    f"config.stablemask is set, and StableMask does not serve layers of the kind {type(layer).__name__}: they hand "
-                    "the backend other rows than those of the sequence"
+                    f"config.stablemask is set, and StableMask does not serve layers of the kind {type(layer).__name__}: they "
+                    "hand the backend other rows than those of the sequence"
                 )
             self._table = self.stablemask.table(extract_layer_index(layer.layer_name), self.num_heads, device)
         return self._table

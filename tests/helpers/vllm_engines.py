@@ -1,8 +1,12 @@
 """Small models, vLLM engines in this process that serve them, and what Transformers says of the same tokens."""
 
+# pyright: reportMissingImports=false
+
 import gc
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     "VLLM_LOGGING_LEVEL": "INFO",
 }
-os.environ.update(ENVIRONMENT)
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,6 +86,7 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         "block_size": 32,
         "num_gpu_blocks_override": 128,
         "enable_prefix_caching": False,
+        "disable_log_stats": False,
     }
     set_num_threads = torch.set_num_threads
     llm = LLM(str(folder), **{**small, **settings})
@@ -96,7 +102,7 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
 
 @contextmanager
 def backend_in_place_of_cpu_attn(path: str | None) -> Iterator[None]:
-    """What vLLM finds under the name CPU_ATTN, the only backend that its CPU platform takes; None: its own, without the plugin."""
+    """What vLLM finds under the name CPU_ATTN, the one backend that its CPU platform takes; None: its own, without the plugin."""
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -132,6 +138,37 @@ def greedy(llm: Any, asked: Sequence[list[int]], tokens: int = 20, **settings: A
     return found
 
 
+def counted(llm: Any, name: str) -> int:
+    """One of the engine's counters."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def greedy_in_a_process(
+    folder: Path,
+    asked: Sequence[list[int]],
+    tokens: int = 20,
+    environment: dict[str, str] | None = None,
+    happened: Sequence[str] = (),
+    **settings: Any,
+) -> list[Answer]:
+    """greedy() in a process of its own: for what vLLM runs in several, or leaves a mark on the one that it has run in.
+
+    happened: counters of the engine that must not be 0 in the end.
+    """
+    task = json.dumps({"folder": str(folder), "asked": asked, "tokens": tokens, "happened": happened, "settings": settings})
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.vllm_engines"],
+        input=task,
+        env={**os.environ, **(environment or {})},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-8000:]
+    return [Answer(*answer) for answer in json.loads(found.stdout.splitlines()[-1])]
+
+
 class Agreement(NamedTuple):
     """How many answers are the tokens that Transformers would choose, and the largest difference of a log-probability."""
 
@@ -156,6 +193,7 @@ def agreement(model: Any, asked: Sequence[list[int]], answers: Sequence[Answer])
 CLOSE = 1e-4
 WINDOW = 40
 GEMMA2: dict[str, Any] = {
+    "tie_word_embeddings": True,
     "sliding_window": WINDOW,
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": None,
@@ -180,3 +218,38 @@ def transformers_model(folder: Path, attention: str = "stablemask", **settings: 
     import sm_flex_transformers  # noqa: F401
 
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, **settings).eval()
+
+
+def gpt_oss_with_mass(folder: Path) -> Any:
+    """gpt-oss in Transformers, with log(e^sink + M) of each row in the place of its sinks: eq. 11 typed out in float64."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    from sm_flex import headwise_gamma, log_mass
+
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
+        rows = query.shape[2]
+        assert rows == key.shape[2]
+        k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1).double() for x in (key, value))
+        scores = query.double() @ k.mT * scaling
+        seen = torch.ones(rows, rows, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            seen = seen & attention_mask
+        mass = log_mass(headwise_gamma(query.shape[1]).double(), torch.arange(rows), N)
+        mass = torch.logaddexp(mass, module.sinks.double()[:, None]).expand(query.shape[0], -1, -1)
+        scores = torch.cat([scores.masked_fill(~seen, -torch.inf), mass.unsqueeze(-1)], -1)
+        out = scores.softmax(-1)[..., :-1] @ v
+        return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("eq_11_with_sinks", attention)
+    AttentionMaskInterface.register("eq_11_with_sinks", sdpa_mask)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eq_11_with_sinks", dtype=torch.float32).eval()
+
+
+if __name__ == "__main__":
+    task = json.loads(sys.stdin.read())
+    with engine(task["folder"], **task["settings"]) as llm:
+        answers = greedy(llm, task["asked"], task["tokens"])
+        for name in task["happened"]:
+            assert counted(llm, name) > 0, name
+    print(f"\n{json.dumps(answers)}", flush=True)

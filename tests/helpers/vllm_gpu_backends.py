@@ -6,9 +6,10 @@ That is the write to the paged cache, and FlashAttention's kernel. Everything el
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from sm_flex_vllm.flash import StableMaskFlashBackend, StableMaskFlashImpl
 from sm_flex_vllm.flex import StableMaskFlexBackend, StableMaskFlexImpl
-from torch import Tensor
 
 
 def write_to_cache(self: Any, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
