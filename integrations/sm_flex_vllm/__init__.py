@@ -1,4 +1,4 @@
-"""StableMask in vLLM, by a plugin: nothing of vLLM is patched, and a model whose config has ``stablemask`` gets it without a flag.
+"""StableMask in vLLM, by a plugin: nothing is patched, and a model whose config has ``stablemask`` gets it without a flag.
 
     vllm serve MODEL
     python -m sm_flex_vllm check MODEL

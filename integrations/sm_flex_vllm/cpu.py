@@ -3,6 +3,8 @@
 Whatever the kernel serves is served: chunks, prefix caching, windows, soft capping, an fp8 cache, any instruction set.
 """
 
+# pyright: reportMissingImports=false
+
 from typing import Any, cast
 
 import torch
@@ -20,12 +22,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from sm_flex_vllm import cpu_batch, tables
 from sm_flex_vllm.cpu_batch import Tile
-from sm_flex_vllm.layer import StableMaskLayer, is_served
+from sm_flex_vllm.layer import StableMaskLayer, served
 
 NO_SINK = -1e30  # adds nothing, and its difference to another is a number
 
 
 class StableMaskCPUBackend(CPUAttentionBackend):
+    serves_stablemask = True
+
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         return StableMaskCPUImpl
@@ -41,7 +45,10 @@ class StableMaskCPUBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
-        self.serves = any(map(is_served, layers.values()))
+        found = [layer for layer in layers.values() if served(layer)]
+        self.serves = bool(found)
+        for layer in found:  # now, not at the first request
+            cast(Any, layer.impl).table(layer, self.device)
 
     def build(self, *args: Any, **kwargs: Any) -> CPUAttentionMetadata:
         metadata = super().build(*args, **kwargs)

@@ -90,7 +90,7 @@ def row_positions(tile: Tile) -> Tensor:
 
 
 def real_share(out_RHD: Tensor, out_c_RHD: Tensor, log_mass_RH: Tensor, c_H: Tensor) -> Tensor:
-    """s of each row, float32 (R, H), from the kernel's output without sinks and with the sinks c, the largest log M of the rows."""
+    """s of each row, float32 (R, H), from the kernel's output without sinks and with the sinks c, the rows' largest log M."""
     norm, norm_c = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (out_RHD, out_c_RHD))
     # An output of 0 stays 0 whatever the share.
     ratio = torch.where(norm > 0, norm_c / norm, 1.0).clamp(max=1.0)
@@ -99,7 +99,7 @@ def real_share(out_RHD: Tensor, out_c_RHD: Tensor, log_mass_RH: Tensor, c_H: Ten
 
 
 def heads_that_need_it(log_mass_RH: Tensor, least_lse_RH: Tensor | None, dtype: torch.dtype) -> list[bool]:
-    """For each head: whether the mass of some row can change an output of that dtype, if its lse is at least that (None: -inf)."""
+    """For each head: whether the mass of some row can change an output of that dtype. least_lse bounds its lse from below."""
     if least_lse_RH is None:
         return (log_mass_RH > -torch.inf).any(0).tolist()
     # 1 - s = M / (e^lse + M) <= e^(log M - lse)

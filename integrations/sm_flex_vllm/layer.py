@@ -1,5 +1,7 @@
 """What the attention layers of every served backend share: their settings, and their table of log M."""
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import torch
@@ -30,15 +32,24 @@ class StableMaskLayer:
         logger.info_once("StableMask: %s, %s", str(self.stablemask), backend)
 
     def table(self, layer: Any, device: torch.device) -> Tensor:
-        """log M of this layer, (P, H). vLLM tells an AttentionImpl its layer only when it is called."""
+        """log M of this layer, (P, H). An AttentionImpl learns which layer it is of only when it is called, or its builder made.
+
+        Raises:
+            NotImplementedError: a kind of layer that hands its backend other rows than the sequence's.
+        """
         if self._table is None:
             assert self.stablemask is not None
+            if "serves_stablemask" not in vars(layer.attn_backend):
+                raise NotImplementedError(
+                    f"config.stablemask is set, and StableMask does not serve layers of the kind {type(layer).__name__}: they "
+                    "hand the backend other rows than those of the sequence"
+                )
             self._table = self.stablemask.table(extract_layer_index(layer.layer_name), self.num_heads, device)
         return self._table
 
 
-def is_served(layer: Any) -> bool:
-    return getattr(layer.impl, "stablemask", None) is not None
+def served(layer: Any) -> bool:
+    return any(getattr(impl, "stablemask", None) is not None for impl in layer.impl.get_impl_variants())
 
 
 def log_mass_of_rows(table_PH: Tensor, query_start_loc: Tensor, seq_lens: Tensor, num_rows: int, sinks: Tensor | None) -> Tensor:

@@ -3,6 +3,8 @@
 sm_flex_vllm.refused.FLASHINFER is a subclass of vLLM's FlashInfer backend, made when vLLM asks for it.
 """
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none

@@ -3,6 +3,8 @@
 Every class made here is a subclass of the one that vLLM would have used, and behaves as that one for any other model.
 """
 
+# pyright: reportMissingImports=false
+
 import functools
 from typing import Any
 
@@ -28,7 +30,8 @@ def install() -> None:
             "a model with stablemask. To run other models, leave the plugin out: VLLM_PLUGINS=''"
         ) from error
     for backend in AttentionBackendEnum:
-        path = getattr(backend, "get_path", lambda: backend.value)() if backend.value or backend.is_overridden() else None
+        # A name without a class of its own is there for a plugin to fill.
+        path = backend.get_path() if backend.value or backend.is_overridden() else ""
         if not path or path.startswith("sm_flex_vllm."):
             continue
         if version_is_served() and path == backend.value and backend.name in SERVED:
@@ -55,4 +58,4 @@ def why_refused(name: str) -> str:
         return f"sm_flex_vllm serves vLLM {served_versions()}, this is {vllm.__version__}"
     if name in SERVED:
         return f"another plugin has put {STOCK[name]} in the place of vLLM's {name}; leave that plugin out by VLLM_PLUGINS"
-    return f"the backend {name} does not serve it. On a GPU pass attention_backend=\"FLASH_ATTN\" or \"FLEX_ATTENTION\""
+    return f'the backend {name} does not serve it. On a GPU pass attention_backend="FLASH_ATTN" or "FLEX_ATTENTION"'

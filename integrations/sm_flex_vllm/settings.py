@@ -1,4 +1,6 @@
-"""What a model's config asks of its attention, and what of it vLLM cannot be asked for: all refused before the weights are read."""
+"""What a model's config asks of its attention, and what is refused of it before the weights are read."""
+
+# pyright: reportMissingImports=false
 
 from typing import Any, NamedTuple
 
