@@ -117,7 +117,7 @@ def test_keywords_that_ask_for_nothing_change_nothing() -> None:
     torch.manual_seed(0)
     plain = call()
     torch.manual_seed(0)
-    harmless = dict.fromkeys(keywords.HARMLESS, 1) | {"cu_seq_lens_q": None, "unknown": None, "other": False}
+    harmless = dict.fromkeys(keywords.HARMLESS, 1) | {"sliding_window": 5, "cu_seq_lens_q": None, "unknown": None, "other": False}
     assert torch.equal(call(**harmless), plain)
 
 
