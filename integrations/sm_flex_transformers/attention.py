@@ -56,7 +56,8 @@ def stablemask_attention(
         position_ids = None
     num_queries, num_keys = query.shape[2], key.shape[2]
     num_positions = num_queries if position_ids is None else position_ids.shape[1]
-    ordered = not extends_its_mask(module.config.model_type)
+    config: Any = module.config
+    ordered = not extends_its_mask(config.model_type)
     if attention_mask is None and not ordered:
         raise ValueError(f"{layer_of(module)} has keys behind the others and got no attention_mask that says who sees them")
     if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
