@@ -1,5 +1,6 @@
 """The attention function that Transformers calls in every layer, with (B, H, S, D) queries and (B, Hkv, T, D) keys."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import forwards, keywords, layer_masks, masks, windows
+from sm_flex_transformers import batching, forwards, keywords, layer_masks, masks, windows
 from sm_flex_transformers.interface import extends_its_mask, layer_of, name_of
 
 
@@ -55,6 +56,10 @@ def stablemask_attention(
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
         position_ids = None
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if batching.MARK in kwargs:
+        given = {**kwargs, "softcap": softcap}
+        mask = functools.partial(layer_masks.packed, asked, position_ids, query, num_keys, sink)
+        return batching.attend(module, query, key, value, mask, attention_mask, scaling, given), None
     num_positions = num_queries if position_ids is None else position_ids.shape[1]
     config: Any = module.config
     ordered = not extends_its_mask(config.model_type)

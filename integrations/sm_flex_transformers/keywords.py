@@ -36,6 +36,10 @@ HARMLESS = {
     "return_dict": "about what the model returns",
     "num_items_in_batch": "about the loss",
     "labels": "about the loss",
+    "read_index": "of continuous batching: key and value are what it says already",
+    "write_index": "as read_index",
+    "logits_indices": "as logits_to_keep",
+    "logits_processor_args": "about what is made of the logits",
     "logits_to_keep": "about what the model returns; rows that it drops are seen by their number",
 }
 # Refused, and what the model means by it.
