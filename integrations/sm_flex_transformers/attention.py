@@ -1,5 +1,6 @@
 """The attention function that Transformers calls in every layer, with (B, H, S, D) queries and (B, Hkv, T, D) keys."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import forwards, keywords, layer_masks, masks, windows
+from sm_flex_transformers import batching, forwards, keywords, layer_masks, masks, windows
 from sm_flex_transformers.interface import extends_its_mask, layer_of, name_of
 
 
@@ -55,29 +56,34 @@ def stablemask_attention(
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
         position_ids = None
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if batching.MARK in kwargs:
+        given = {**kwargs, "softcap": softcap}
+        mask = functools.partial(layer_masks.packed, asked, position_ids, query, num_keys, sink)
+        return batching.attend(module, query, key, value, mask, attention_mask, scaling, given), None
     num_positions = num_queries if position_ids is None else position_ids.shape[1]
-    ordered = not extends_its_mask(module.config.model_type)
+    config: Any = module.config
+    ordered = not extends_its_mask(config.model_type)
     if attention_mask is None and not ordered:
         raise ValueError(f"{layer_of(module)} has keys behind the others and got no attention_mask that says who sees them")
     if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
         key, value = key[:, :, :num_positions], value[:, :, :num_positions]
         num_keys = num_positions
     seen = masks.read(attention_mask, position_ids, num_queries, num_keys, ordered)
+    bias = keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys, softcap)
     if position_ids is None and asked is not None:
         _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
     positions, documents, visible = position_ids, None, seen.visible
     if position_ids is not None:
         positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
         documents = masks.documents(seen, position_ids, num_queries, num_keys)
-    elif kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2 and visible is None:
+    if documents is None and visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
     window = windows.width(kwargs.get("sliding_window"), attention_mask, num_keys)
-    by_slot = any(kwargs.get(name) is not None for name in (*keywords.SELECTIONS, keywords.BIAS))
-    if window is not None and documents is None and num_queries < num_keys and not by_slot:
+    by_slot = bias is not None or any(kwargs.get(name) is not None for name in keywords.SELECTIONS)
+    if window is not None and documents is None and not by_slot and num_queries < num_keys:
         key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
         num_keys, window = key.shape[2], window if num_queries > 1 else None
     selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
-    bias = keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys)
     if visible is None and not by_slot and softcap is None and dropout == 0.0 and num_queries > 1:
         whole = documents is None or (documents.cu_seqlens is not None and num_queries == num_keys)
         needed = window is not None or documents is not None or num_queries < num_keys
@@ -93,18 +99,12 @@ def stablemask_attention(
         visible = selected if visible is None else visible & selected
     if window is not None or (visible is None and 1 < num_queries < num_keys):
         visible = windows.narrowed(visible, window, num_queries, num_keys, query.device)
-    allowed = visible
-    if bias is not None:
-        if softcap is not None:
-            raise NotImplementedError(
-                f"{type(module).__name__} has soft-capping and a bias on the scores: {name_of(module.config)} takes one"
-            )
-        allowed = bias.to(query.dtype) if visible is None else bias.to(query.dtype).masked_fill(~visible, -torch.inf)
     if asked is None and sink is None and softcap is None and bias is None:
         return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
     if not ordered:
-        key, value, allowed = windows.behind_all(key, value, allowed, num_queries)
+        key, value, visible = windows.behind_all(key, value, visible, num_queries)
         num_keys = key.shape[2]
+    allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, num_keys)
     if asked is not None and sink is None and softcap is None and positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
     else:

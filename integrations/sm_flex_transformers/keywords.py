@@ -7,6 +7,7 @@ it is refused by name, never swallowed.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sm_flex.runtime import readable
@@ -35,6 +36,10 @@ HARMLESS = {
     "return_dict": "about what the model returns",
     "num_items_in_batch": "about the loss",
     "labels": "about the loss",
+    "read_index": "of continuous batching: key and value are what it says already",
+    "write_index": "as read_index",
+    "logits_indices": "as logits_to_keep",
+    "logits_processor_args": "about what is made of the logits",
     "logits_to_keep": "about what the model returns; rows that it drops are seen by their number",
 }
 # Refused, and what the model means by it.
@@ -144,22 +149,33 @@ def check_selected_within(module: nn.Module, told: Tensor | None, visible: Tenso
 
 
 def bias_on_scores(
-    module: nn.Module, kwargs: dict[str, Any], mask_bias: Tensor | None, query: Tensor, num_keys: int
+    module: nn.Module, kwargs: dict[str, Any], mask_bias: Tensor | None, query: Tensor, num_keys: int, softcap: float | None
 ) -> Tensor | None:
     """What the model adds to the real scores, (1|B, 1|H, S, T): position_bias (Inkling), and a float mask's own (Doge).
 
     Raises:
-        NotImplementedError: a bias of another form.
+        NotImplementedError: a bias of another form, or beside soft-capping, where the order of the two is not known.
     """
     bias = kwargs.get(BIAS)
-    if bias is None:
-        return mask_bias
-    batch, heads, num_queries = query.shape[:3]
-    fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
-    if not fits or bias.shape[2] != num_queries or bias.shape[3] < num_keys:
+    if bias is not None:
+        batch, heads, num_queries = query.shape[:3]
+        fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+        if not fits or bias.shape[2] != num_queries or bias.shape[3] < num_keys:
+            raise NotImplementedError(
+                f"{type(module).__name__} has a bias on the scores (position_bias) of shape {tuple(bias.shape)}: "
+                f"{name_of(module.config)} takes (B, H, S, T), here {(batch, heads, num_queries, num_keys)}"
+            )
+        bias = bias[..., :num_keys]  # the unused slots of a static cache
+    if mask_bias is not None:
+        bias = mask_bias if bias is None else bias + mask_bias
+    if bias is not None and softcap is not None:
         raise NotImplementedError(
-            f"{type(module).__name__} has a bias on the scores (position_bias) of shape {tuple(bias.shape)}: stablemask takes "
-            f"(B, H, S, T), here {(batch, heads, num_queries, num_keys)}"
+            f"{type(module).__name__} has soft-capping and a bias on the scores: {name_of(module.config)} takes one of them"
         )
-    bias = bias[..., :num_keys]  # the unused slots of a static cache
-    return bias if mask_bias is None else bias + mask_bias
+    return bias
+
+
+def biased(bias: Tensor, visible: Tensor | None, dtype: torch.dtype, num_keys: int) -> Tensor:
+    """bias as the float mask of a call with num_keys keys, of which the last may be some that nobody sees."""
+    bias = F.pad(bias.to(dtype), (0, num_keys - bias.shape[-1]))
+    return bias if visible is None else bias.masked_fill(~visible, -torch.inf)

@@ -86,7 +86,9 @@ def attend(
         rows = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
         cu_q = rows * num_queries
         cu_k = cu_q if num_queries == num_keys else rows * num_keys
-    options: Any = {"scale": dim**-0.5 if scale is None else scale, "enable_gqa": True}
-    options["window_size"] = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, cu_q, cu_k, num_queries, num_keys, **options, score_mod=mask)
+    scale = dim**-0.5 if scale is None else scale
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q, k, v, cu_q, cu_k, num_queries, num_keys, scale=scale, window_size=(left, 0), enable_gqa=True, score_mod=mask
+    )
     return out.unflatten(0, (batch, num_queries))[..., :dim_v].contiguous()

@@ -102,9 +102,10 @@ def eq_11(
 def oracle_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """Equation 11 with head-wise gamma, and the keys that a model's indexer selects."""
+    """Equation 11 with head-wise gamma, or inf, a model's own sinks, and the keys that its indexer selects."""
     setting = getattr(module.config, "stablemask", None) or COMMON["stablemask"]
-    assert setting["gamma"] == "headwise"
+    gamma = headwise_gamma(query.shape[1]) if setting["gamma"] == "headwise" else float("inf")
+    assert setting["gamma"] in ("headwise", gamma)
     sinks = given["sinks"].squeeze(-1) if "sinks" in given else given.get("s_aux")
     indices, blocks = given.get("indices"), given.get("block_indices")
     if indices is not None:
@@ -116,7 +117,7 @@ def oracle_attention(
             blocks, attention_mask, key.shape[2], query.dtype, query.device, given["position_ids"]
         )
     out = eq_11(
-        query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
+        query, key, value, gamma=gamma, length=setting["length"], mask=attention_mask,
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
         position_bias=given.get("position_bias"), sink=sinks,
     )  # fmt: skip

@@ -17,6 +17,7 @@ RIGHT, REFUSED, NOT_BUILT, NO_SUCH_CALL, WRONG = "right", "refused", "not built"
 SAME_CALL = ", against the same call: its own attention mixes the sequences too"
 EXACT = 1e-9
 TEETH = 1e-3  # what StableMask must move the logits by, at least
+BEHIND = ("deepseek_v4",)  # keys of their own stand behind the others: no oracle that goes by slots
 KEPT = 1e-6  # a call in which the type's own attention is further off does not keep the sequences apart
 
 
@@ -76,8 +77,8 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
 ]  # fmt: skip
 
 
-def judge_type(model_type: str) -> dict[str, Outcome]:
-    """Outcome of each kind of call."""
+def judge_type(model_type: str, attention: str = "stablemask") -> dict[str, Outcome]:
+    """Outcome of each kind of call under "stablemask", or under "sm_flex" without a config.stablemask."""
     level = logging.get_verbosity()
     logging.set_verbosity(50)  # critical
     try:
@@ -87,7 +88,7 @@ def judge_type(model_type: str) -> dict[str, Outcome]:
                 case = Case(model_type)
             except Exception as error:
                 return dict.fromkeys(CALLS, Outcome(NOT_BUILT, _said(error)))
-            return {kind: judge(case, kind) for kind in CALLS}
+            return {kind: judge(case, kind, attention) for kind in CALLS}
     finally:
         logging.set_verbosity(level)
 
@@ -96,7 +97,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def judge(case: Case, kind: str) -> Outcome:
+def judge(case: Case, kind: str, attention: str) -> Outcome:
     torch.manual_seed(1)
     try:
         call = CALLS[kind](case)
@@ -106,10 +107,10 @@ def judge(case: Case, kind: str) -> Outcome:
     except Exception as error:
         return Outcome(NO_SUCH_CALL, f"with its own attention: {_said(error)}")
     try:
-        actual = call.run("stablemask")
+        actual = call.run(attention)
     except Exception as error:
         return refusal(case, call, error)
-    return compare(case, kind, call, actual)
+    return compare(case, kind, call, actual, attention)
 
 
 def refusal(case: Case, call: Call, error: Exception) -> Outcome:
@@ -131,17 +132,24 @@ def refusal(case: Case, call: Call, error: Exception) -> Outcome:
     return Outcome(WRONG, f"unknown words: {said}")
 
 
-def compare(case: Case, kind: str, call: Call, actual: Tensor) -> Outcome:
-    """actual against eq. 11 in plain full passes of each sequence; in the same call where Transformers mixes the sequences."""
+def compare(case: Case, kind: str, call: Call, actual: Tensor, attention: str) -> Outcome:
+    """actual against eq. 11 in plain full passes of each sequence; in the same call where Transformers mixes the sequences.
+
+    Under sm_flex eq. 11 is at gamma = inf, and the model's own attention itself.
+    """
+    ours = attention == "sm_flex"
+    reference = case.stock if case.config.model_type in BEHIND else "causal oracle" if ours else "oracle"
     try:
-        stock, same_call, alone = call.run(case.stock), call.run("oracle"), call.alone("oracle")
+        stock, same_call, alone = call.run(case.stock), call.run(reference), call.alone(reference)
         kept = distance(call.kept(case.stock), call.alone(case.stock)) < KEPT
         numbers = {"off eq. 11": distance(actual, alone if kept else same_call)}
         wrong = numbers["off eq. 11"] > EXACT
         if kind == "full pass":
-            numbers["gamma = inf off its own attention"] = distance(call.run("causal"), stock)
-            numbers["moved by"] = distance(actual, stock)
-            wrong |= numbers["gamma = inf off its own attention"] > EXACT or numbers["moved by"] < TEETH
+            numbers["gamma = inf off its own attention"] = distance(actual if ours else call.run("causal"), stock)
+            wrong |= numbers["gamma = inf off its own attention"] > EXACT
+            if not ours:
+                numbers["moved by"] = distance(actual, stock)
+                wrong |= numbers["moved by"] < TEETH
     except Exception as error:
         return Outcome(WRONG, f"served, but the oracle stops: {_said(error)}")
     said = ", ".join(f"{name} {number:.1e}" for name, number in numbers.items()) + ("" if kept else SAME_CALL)
