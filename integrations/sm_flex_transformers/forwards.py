@@ -102,7 +102,18 @@ def lost_positions(num_queries: int) -> bool:
     """For a layer that is handed no position_ids: whether its model was, and others than 0..S-1."""
     if torch.compiler.is_compiling():
         return _TRACED.has_position_ids  # their values cannot be asked
-    given = None if _RUNNING.position_ids is None else _RUNNING.position_ids()
-    if given is None or given.device.type == "meta" or given.shape[-1] != num_queries:
+    given = given_positions(num_queries)
+    if given is None:
         return False
     return not bool((given == torch.arange(num_queries, device=given.device)).all())
+
+
+def given_positions(num_queries: int) -> Tensor | None:
+    """For a layer that is handed no position_ids: those that its model was called with, where they can be read.
+
+    A layer that is checkpointed and runs again, in a backward, may follow the forward of another batch.
+    """
+    if torch.compiler.is_compiling() or _RUNNING.position_ids is None or torch._C._current_graph_task_id() != -1:
+        return None
+    given = _RUNNING.position_ids()
+    return None if given is None or given.device.type == "meta" or given.shape[-1] != num_queries else given
