@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from sm_flex_transformers import settings
-from sm_flex_transformers.interface import name_of
+from sm_flex_transformers.interface import NAMES, name_of
 
 
 class _Running(threading.local):
@@ -68,8 +68,11 @@ def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Raises NotImplementedError where a first forward went by without a call of stablemask_attention."""
     if torch.compiler.is_compiling() or model in _PROVEN:
         return
+    text = model.config.get_text_config()
+    if not {model.config._attn_implementation, text._attn_implementation} & set(NAMES):
+        return  # it was told to take another since
     if _CALLS.get(model) == _RUNNING.calls and not _TRACED.called:
-        name = name_of(model.config.get_text_config())
+        name = name_of(text)
         raise NotImplementedError(
             f"{type(model).__name__} ran without calling {name}: its code does not use Transformers' attention interface, so "
             "attn_implementation has no effect on it"
