@@ -51,6 +51,8 @@ def stablemask_attention(
     forwards.note_call()
     _check(module, is_causal, kwargs)
     asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
+    if position_ids is None and asked is None:
+        position_ids = forwards.given_positions(query.shape[2])
     if position_ids is not None and position_ids.dim() != 2:
         if asked is not None:
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
@@ -93,6 +95,8 @@ def stablemask_attention(
             return windows.attend(query, key, value, mask, window, cu_seqlens, scaling), None
     if documents is not None:
         same = masks.same_document(documents, num_queries)
+        if getattr(config, "attention_chunk_size", None) is not None:
+            keywords.check_told_of_documents(module, "attends in chunks", seen.visible, same)
         visible = same if visible is None else visible & same
     if selected is not None:
         keywords.check_selected_within(module, seen.visible, visible)

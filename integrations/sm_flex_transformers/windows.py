@@ -19,7 +19,7 @@ def layers_apply_it(asked: dict[str, Any]) -> bool:
     asked: what a mask function is called with.
     """
     config, window = asked["config"], asked.get("local_size")
-    if window is None or not asked.get("allow_is_causal_skip", True):
+    if window is None or not asked.get("allow_is_causal_skip", True) or torch.compiler.is_exporting():
         return False
     if window != getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) is not None:
         return False
