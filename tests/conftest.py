@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
@@ -49,10 +50,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
-    option.dist = "loadfile" if option.numprocesses else "no"
+    by_file = "no" if not option.numprocesses else "loadfile"
+    option.dist = "worksteal" if option.numprocesses and "cuda_model" in option.markexpr else by_file
     option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "census" not in config.option.markexpr:  # minutes long: only where it is asked for by name
         left_out = [item for item in items if item.get_closest_marker("census")]
@@ -62,9 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
+    on_model = "cuda_model" in config.option.markexpr
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" not in item.keywords:
+            continue
+        item.add_marker("cuda_model")
+        card = item.get_closest_marker("card")
+        if not on_model:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif card is not None:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {card.args[0]}"))
+        # Triton's interpreter computes both sides of a where() in numpy, which warns of inf - inf.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -92,6 +104,31 @@ def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
     assert not [message for message in logged if "deprecated" in message]
+
+
+@pytest.fixture
+def cuda_model() -> Iterator[None]:
+    """CPU tensors take the CUDA paths, down to a model of the ops (tests/helpers/cuda_model)."""
+    from tests.helpers.cuda_model import installed
+
+    with installed():
+        yield
+
+
+@pytest.fixture
+def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: all rows of a head in one tile, since Triton's interpreter takes 40 ms for one of any size."""
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from sm_flex.epilogue import kernel
+
+        monkeypatch.setattr(kernel, "TILE_BYTES", 2**20)
+        monkeypatch.setattr(kernel, "MAX_ROWS", 512)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_model_without_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda_model"):
+        request.getfixturevalue("cuda_model")
 
 
 @pytest.fixture

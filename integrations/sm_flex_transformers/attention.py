@@ -51,6 +51,8 @@ def stablemask_attention(
     forwards.note_call()
     _check(module, is_causal, kwargs)
     asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
+    if position_ids is None and asked is None:
+        position_ids = forwards.given_positions(query.shape[2])
     if position_ids is not None and position_ids.dim() != 2:
         if asked is not None:
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
@@ -79,11 +81,12 @@ def stablemask_attention(
     if documents is None and visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
     window = windows.width(kwargs.get("sliding_window"), attention_mask, num_keys)
-    if window is not None and documents is None and bias is None and num_queries < num_keys:
+    by_slot = bias is not None or any(kwargs.get(name) is not None for name in keywords.SELECTIONS)
+    if window is not None and documents is None and not by_slot and num_queries < num_keys:
         key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
         num_keys, window = key.shape[2], window if num_queries > 1 else None
     selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
-    if visible is None and selected is None and bias is None and softcap is None and dropout == 0.0 and num_queries > 1:
+    if visible is None and not by_slot and softcap is None and dropout == 0.0 and num_queries > 1:
         whole = documents is None or (documents.cu_seqlens is not None and num_queries == num_keys)
         needed = window is not None or documents is not None or num_queries < num_keys
         if needed and whole and windows.has_kernel(query):
@@ -92,6 +95,8 @@ def stablemask_attention(
             return windows.attend(query, key, value, mask, window, cu_seqlens, scaling), None
     if documents is not None:
         same = masks.same_document(documents, num_queries)
+        if getattr(config, "attention_chunk_size", None) is not None:
+            keywords.check_told_of_documents(module, "attends in chunks", seen.visible, same)
         visible = same if visible is None else visible & same
     if selected is not None:
         keywords.check_selected_within(module, seen.visible, visible)

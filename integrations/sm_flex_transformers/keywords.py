@@ -135,16 +135,20 @@ def selected_keys(
 
 def check_selected_within(module: nn.Module, told: Tensor | None, visible: Tensor | None) -> None:
     """A selection is made among the keys that the model's mask shows: refused where the documents in a row narrow it further."""
-    if visible is None or visible is told:
-        return
+    if visible is not None and visible is not told:
+        check_told_of_documents(module, "selects keys by itself", told, visible)
+
+
+def check_told_of_documents(module: nn.Module, does: str, told: Tensor | None, visible: Tensor) -> None:
+    """Raises NotImplementedError where told, the mask that the model has gone by, shows more than visible."""
     why = (
-        f"{type(module).__name__} selects keys by itself and was not told of the packed documents in the row: call the model "
-        "with use_cache=False and no attention_mask, where Transformers makes the mask for them"
+        f"{type(module).__name__} {does} and was not told of the packed documents in the row: call the model with "
+        "use_cache=False and no attention_mask, where Transformers makes the mask for them"
     )
-    same = told is not None and (told == visible).all()
-    if torch.compiler.is_compiling() and isinstance(same, Tensor):
-        torch.ops.aten._assert_async.msg(same, why)
-    elif not same:
+    within = told is not None and (told <= visible).all()
+    if torch.compiler.is_compiling() and isinstance(within, Tensor):
+        torch.ops.aten._assert_async.msg(within, why)
+    elif not within:
         raise NotImplementedError(why)
 
 

@@ -19,7 +19,7 @@ def layers_apply_it(asked: dict[str, Any]) -> bool:
     asked: what a mask function is called with.
     """
     config, window = asked["config"], asked.get("local_size")
-    if window is None or not asked.get("allow_is_causal_skip", True):
+    if window is None or not asked.get("allow_is_causal_skip", True) or torch.compiler.is_exporting():
         return False
     if window != getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) is not None:
         return False
@@ -45,14 +45,16 @@ def narrowed(visible: Tensor | None, window: int | None, num_queries: int, num_k
     return seen if visible is None else visible & seen
 
 
-def behind_all(key: Tensor, value: Tensor, visible: Tensor | None, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same attention where every key stands in the causal slots of every query, so that visible alone says who sees whom.
+def behind_all(key: Tensor, value: Tensor, allowed: Tensor | None, num_queries: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same attention where every key stands in the causal slots of every query, so that allowed alone says who sees whom.
 
     S - 1 more keys, which nobody sees, move the end of the keys so far that the first query reaches the last real one.
     """
     more = num_queries - 1
     key, value = [F.pad(x, (0, 0, 0, more)) for x in (key, value)]
-    return key, value, None if visible is None else F.pad(visible, (0, more), value=False)
+    if allowed is not None:
+        allowed = F.pad(allowed, (0, more), value=False if allowed.dtype == torch.bool else -torch.inf)
+    return key, value, allowed
 
 
 def has_kernel(query: Tensor) -> bool:

@@ -75,6 +75,8 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),
+    ("chunks across documents", r"(\w+) attends in chunks and was not told of the packed documents in the row",
+     lambda *_: _own_positions()),
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
