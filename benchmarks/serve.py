@@ -6,8 +6,8 @@ One Llama with random weights is served, with StableMask and with vLLM's own cau
 layers are told before each step which of the two they are, so that a busy machine slows both alike. Causal is vLLM's own code
 to the bit (tests/integrations/vllm/test_other_models.py).
 
-Decode: steps of a running batch, one of each in turn. Prefill: a prompt from its arrival to its first token. Load: requests arrive
-at random times, the same for both; the latencies count from the arrival.
+Decode: steps of a running batch, one of each in turn. Prefill: a prompt from its arrival to its first token. Load: requests
+arrive at random times, the same for both; the latencies count from the arrival.
 """
 
 # pyright: reportMissingImports=false
@@ -30,8 +30,9 @@ from benchmarks import report
 CAUSAL, STABLEMASK = VARIANTS = ("causal", "StableMask")
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 HOW = (
-    "Decode: steps of a running batch, one of each in turn. Prefill: a prompt from its arrival to its first token. Load: requests "
-    "of 32 to 512 tokens arrive at random times, the same for both, and write 16 to 64; latencies count from the arrival."
+    "Decode: steps of a running batch, one of each in turn. Prefill: a prompt from its arrival to its first token. "
+    "Load: requests of 32 to 512 tokens arrive at random times, the same for both, and write 16 to 64; the latencies "
+    "count from the arrival."
 )
 WARM_UP = 4  # steps, or prompts
 VOCABULARY = 32000
