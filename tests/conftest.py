@@ -50,8 +50,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
-    by_file = "no" if not option.numprocesses else "loadfile"
-    option.dist = "worksteal" if option.numprocesses and "cuda_model" in option.markexpr else by_file
+    # The gpu tests on the model take as long as their file is, and few files there are long.
+    split = "worksteal" if "cuda_model" in option.markexpr else "loadfile"
+    option.dist = split if option.numprocesses else "no"
     option.loadscopereorder = False
 
 

@@ -76,9 +76,15 @@ def lies_by_rows(engine: str, q_BHSD: Tensor) -> bool:
 def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
     """out', lse' and what the engine's backward wants kept, without autograd."""
     out, lse, state = KERNELS[engine].forward(call)
+    may_be_masked = call.bias is not None or call.may_be_masked
     if call.bias is not None:
         lse = lse.masked_fill(fully_masked_rows(call.bias, call.causal), -torch.inf)
-    may_be_masked = call.bias is not None or call.may_be_masked
+    elif engine == "varlen" and mass.log_mass_HS is not None:
+        # The kernel leaves out and lse of rows after the last document as it found them. A NaN there would
+        # reach the gradient of log M, to which every row adds.
+        assert call.cu_q is not None, "packed documents have bounds"
+        lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= call.cu_q[-1], -torch.inf)
+        may_be_masked = True
     out, lse = epilogue(out, lse, mass, in_place=True, may_be_masked=may_be_masked, return_lse=return_lse)
     return out, lse, state
 

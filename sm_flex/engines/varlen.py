@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sm_flex.engines import Call, Forward, Gradients, Need, State, narrowed, one_head_dim
-from sm_flex.engines.flash import WIDEST_WITH_LSE_GRAD, padded
+from sm_flex.engines.flash import WIDEST, padded, widest_with_lse_grad
 from sm_flex.runtime import varlen_backward_op, varlen_op
 
 
@@ -18,7 +18,7 @@ def refuses(need: Need) -> str | None:
         return "it takes no empty tensor"
     if need.device != "cuda" or need.dtype not in (torch.float16, torch.bfloat16):
         return "it takes bf16 and fp16 on CUDA"
-    widest = WIDEST_WITH_LSE_GRAD if need.lse_grad else 256
+    widest = widest_with_lse_grad(str(need.q.device)) if need.lse_grad else WIDEST
     return None if need.widest <= widest else f"it takes head dims up to {widest}"
 
 

@@ -57,11 +57,12 @@ def fully_masked_rows(bias: Tensor, causal: bool) -> Tensor:
 
     def rows(start: int, end: int) -> Tensor:
         hidden = torch.isneginf(bias[..., start:end, :])
-        return (hidden | ~causal_rows(num_queries, num_keys, bias.device)(start, end) if causal else hidden).all(-1)
+        return (hidden | ~causal_rows(num_queries, num_keys, bias.device)(start, end)).all(-1)
 
+    if not causal:
+        return torch.isneginf(bias.amax(-1))
     if bias.stride(-2) == 0 and num_queries > 1:
-        seen = ~torch.isneginf(bias[..., 0, :])
-        return seen.cumsum(-1) == 0 if causal else ~seen.any(-1, keepdim=True).expand(*seen.shape[:-1], num_queries)
+        return (~torch.isneginf(bias[..., 0, :])).cumsum(-1) == 0
     # Compiled code fuses this, and a number of blocks that follows the length would compile anew for each
     # length.
     if torch.compiler.is_compiling():
