@@ -124,6 +124,15 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, "MAX_ROWS", 512)
 
 
+@pytest.fixture
+def plain_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the formula in PyTorch, where the kernel takes too long in the interpreter, or cannot run there."""
+    if not torch.cuda.is_available():
+        from sm_flex.epilogue import remask
+
+        monkeypatch.setattr(remask, "kernel", None)
+
+
 @pytest.fixture(autouse=True)
 def _cuda_model_without_a_gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("cuda_model"):
