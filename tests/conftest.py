@@ -83,12 +83,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What came of the census: the tests' reports carry it, so that it arrives from the workers of pytest-xdist too."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    found = dict(value for report in reports for name, value in report.user_properties if name == "census")
-    if found:
+    found: dict[str, dict[str, Any]] = {}
+    for attention, model_type, outcomes in [x for report in reports for name, x in report.user_properties if name == "census"]:
+        found.setdefault(attention, {})[model_type] = outcomes
+    for attention, outcomes in found.items():
         from tests.helpers.census.report import lines, revive
 
-        terminalreporter.section("census")
-        for line in lines(revive(found)):
+        terminalreporter.section(f"census of {attention}")
+        for line in lines(revive(outcomes)):
             terminalreporter.write_line(line)
 
 

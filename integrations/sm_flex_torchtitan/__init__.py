@@ -14,8 +14,8 @@ Without the launcher, torchtitan's own override does the same:
 
     python -m torchtitan.train ... --override.imports 'sm_flex_torchtitan.overrides.stablemask={"gamma": "headwise"}'
 
-For llama3, qwen3, gpt_oss, deepseek_v3, kimi_k2_7, muse_glimmer and qwen3_5, and torchtitan 0.3, which needs torch 2.14. gpt_oss's
-sinks stay beside gamma; --attn.gamma inf is gpt_oss as it is, with the gradient that torchtitan's varlen loses.
+For llama3, qwen3, gpt_oss, deepseek_v3, kimi_k2_7, muse_glimmer and qwen3_5, and torchtitan 0.3, which needs torch 2.14. The
+sinks of gpt_oss stay beside gamma; --attn.gamma inf is gpt_oss as it is, with the gradient that torchtitan's varlen loses.
 """
 
 BACKENDS = ("flex", "flex_flash", "varlen")  # torchtitan's names for its own attentions

@@ -38,9 +38,7 @@ class AnyAttention(Configurable.Config, metaclass=ABCMeta):
 
 
 @override(target=AnyAttention, description="StableMask")
-def stablemask(
-    attention: Any, *, gamma: Any = "headwise", length: Any = None, learned: bool = False
-) -> BaseAttention.Config:
+def stablemask(attention: Any, *, gamma: Any = "headwise", length: Any = None, learned: bool = False) -> BaseAttention.Config:
     """An attention with StableMask in the place of a model's inner attention, on the same backend.
 
     A model's own sinks join the mass of gamma, and with gamma = inf they are all of it.

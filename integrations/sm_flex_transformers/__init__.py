@@ -20,7 +20,7 @@ which attention a model was trained with: pass attn_implementation="stablemask" 
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sm_flex_transformers import loading
+from sm_flex_transformers import batching, loading
 from sm_flex_transformers.attention import sm_flex_attention, stablemask_attention
 from sm_flex_transformers.interface import NAMES
 from sm_flex_transformers.masks import stablemask_mask
@@ -34,3 +34,4 @@ AttentionInterface.register("sm_flex", sm_flex_attention)
 for name in NAMES:
     AttentionMaskInterface.register(name, stablemask_mask)
 loading.install()
+batching.install()

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from sm_flex_transformers import settings
-from sm_flex_transformers.interface import name_of
+from sm_flex_transformers import settings, sharding
+from sm_flex_transformers.interface import NAMES, name_of
 
 
 class _Running(threading.local):
@@ -56,6 +56,7 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
         settings.hand_down_first(model.config)
         return
     settings.hand_down(model.config)
+    sharding.check_plan(model)
     _RUNNING.position_ids = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None
@@ -68,8 +69,11 @@ def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Raises NotImplementedError where a first forward went by without a call of stablemask_attention."""
     if torch.compiler.is_compiling() or model in _PROVEN:
         return
+    text = model.config.get_text_config()
+    if not {model.config._attn_implementation, text._attn_implementation} & set(NAMES):
+        return  # it was told to take another since
     if _CALLS.get(model) == _RUNNING.calls and not _TRACED.called:
-        name = name_of(model.config.get_text_config())
+        name = name_of(text)
         raise NotImplementedError(
             f"{type(model).__name__} ran without calling {name}: its code does not use Transformers' attention interface, so "
             "attn_implementation has no effect on it"
@@ -102,7 +106,18 @@ def lost_positions(num_queries: int) -> bool:
     """For a layer that is handed no position_ids: whether its model was, and others than 0..S-1."""
     if torch.compiler.is_compiling():
         return _TRACED.has_position_ids  # their values cannot be asked
-    given = None if _RUNNING.position_ids is None else _RUNNING.position_ids()
-    if given is None or given.device.type == "meta" or given.shape[-1] != num_queries:
+    given = given_positions(num_queries)
+    if given is None:
         return False
     return not bool((given == torch.arange(num_queries, device=given.device)).all())
+
+
+def given_positions(num_queries: int) -> Tensor | None:
+    """For a layer that is handed no position_ids: those that its model was called with, where they can be read.
+
+    A layer that is checkpointed and runs again, in a backward, may follow the forward of another batch.
+    """
+    if torch.compiler.is_compiling() or _RUNNING.position_ids is None or torch._C._current_graph_task_id() != -1:
+        return None
+    given = _RUNNING.position_ids()
+    return None if given is None or given.device.type == "meta" or given.shape[-1] != num_queries else given

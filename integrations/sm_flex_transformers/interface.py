@@ -1,5 +1,6 @@
 """Whether a model looks its attention up by name. It is asked itself, by its code: there is no list of names."""
 
+import functools
 import inspect
 import re
 import sys
@@ -59,6 +60,31 @@ def has_sinks(model: type[PreTrainedModel]) -> bool:
     return re.search(r"\b(s_aux|sinks)=", _source(model) or "") is not None
 
 
+@torch._dynamo.assume_constant_result
+def extends_its_mask(model_type: str) -> bool:
+    """Whether a model puts keys of its own behind those of its mask, and what it says of them in the mask's dtype."""
+    return any(".to(attention_mask.dtype)" in source for source in _sources(model_type))
+
+
+@torch._dynamo.assume_constant_result
+def passes_its_window(model_type: str) -> bool:
+    """Whether a model tells its attention how wide its window is, as it must for kernels that are given no mask."""
+    sources = _sources(model_type)
+    return bool(sources) and all(re.search(r"attention_interface\([^)]*\bsliding_window=", source) for source in sources)
+
+
+def _sources(model_type: str) -> list[str]:
+    """Of the models of a type that are Transformers' own."""
+    return [_source(model) or "" for model in _models(model_type) if model.__module__.startswith("transformers.")]
+
+
+def _models(model_type: str) -> list[type[PreTrainedModel]]:
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        return []
+    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
 def _is_composite(model: type[PreTrainedModel]) -> bool:
     """Whether its parts are models of their own, each asked when it is built."""
     config_class: Any = model.config_class
@@ -66,6 +92,7 @@ def _is_composite(model: type[PreTrainedModel]) -> bool:
     return any(part is AutoConfig or part in MODEL_MAPPING for part in parts)
 
 
+@functools.cache
 def _source(model: type[nn.Module]) -> str | None:
     try:
         return inspect.getsource(sys.modules[model.__module__])
@@ -83,7 +110,4 @@ def check_model_type(model_type: str) -> None:
 
 @torch._dynamo.assume_constant_result
 def _type_looks_up(model_type: str) -> bool:
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
-        return True
-    found: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    return all(map(looks_up_attention, found if isinstance(found, (list, tuple)) else [found]))
+    return all(map(looks_up_attention, _models(model_type)))

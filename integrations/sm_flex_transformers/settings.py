@@ -87,9 +87,17 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.
     plain = all(type(x) in (int, float, str) for x in (gamma if isinstance(gamma, tuple) else (gamma,)))
     make = _cached_gamma if keep and plain else _gamma
-    heads = getattr(config, "num_attention_heads_per_layer", None)  # Laguna
-    num_heads = config.num_attention_heads if heads is None or layer is None else heads[layer]
-    return Settings(make(gamma, num_heads, device), _length(given.get("length"), config))
+    return Settings(make(gamma, num_heads(config, layer), device), _length(given.get("length"), config))
+
+
+def num_heads(config: Any, layer: int | None) -> int:
+    """The query heads of a layer, of the config of the model or of that layer alone; on all ranks together."""
+    if layer is not None:
+        if (heads := getattr(config, "num_attention_heads_per_layer", None)) is not None:  # Laguna
+            return heads[layer]
+        if (heads := getattr(config, "swa_num_attention_heads", None)) is not None:  # Inkling
+            return heads if "sliding" in config.layer_types[layer] else config.num_attention_heads
+    return config.num_attention_heads
 
 
 def _length(length: Any, config: Any) -> int:

@@ -79,6 +79,8 @@ def candidates(need: Need) -> list[str]:
         return ["dense"]
     if need.device == "cpu":
         backends = {"cpu": "FLASH_ATTENTION", "dense": "MATH"}
+        if cpu.copies_outweigh(need):
+            backends = {"dense": "MATH", "cpu": "FLASH_ATTENTION"}
         return [name for name, backend in backends.items() if enabled(backend)]
     if need.device == "cuda" and torch.version.hip is None:
         choice = torchs_engine(need)

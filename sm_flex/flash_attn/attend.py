@@ -181,17 +181,20 @@ def score_mod_of(request: Request, slot: Tensor, q: Tensor, k: Tensor, document:
         return None
     if request.mask is not None and request.mask.score_mod is not None:
         return request.mask.score_mod
-    softcap = request.softcap
+    # A number captured by a score_mod compiles anew for each value, and torch's flex fails on it; a tensor does not.
+    cap = None
+    if request.softcap > 0:
+        cap = torch.full((), request.softcap, device=q.device, dtype=score_dtype(q))
     slopes = None if request.slopes is None else request.slopes.to(score_dtype(q))
-    if slopes is not None and document is not None and slopes.dim() == 2:
+    of_document = document is not None and slopes is not None and slopes.dim() == 2
+    if slopes is not None and of_document:
         slopes = slopes[document]
-    of_document = document is not None
 
     def inner(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if softcap > 0:
-            score = softcap * torch.tanh(score / softcap)
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
         if slopes is not None:
-            slope = slopes[h] if slopes.dim() == 1 else slopes[q_idx, h] if of_document else slopes[b, h]
+            slope = slopes[h] if slopes.dim() == 1 else slopes[q_idx if of_document else b, h]
             score = score - slope * (at(slot, b, q_idx) - kv_idx).abs()
         return score
 

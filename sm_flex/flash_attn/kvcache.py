@@ -90,12 +90,17 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     if score_mod is not None and score_mod.length is None:
         raise ValueError("length is required with a cache: pass stablemask(gamma, length=N), the training length")
+    if score_mod is not None and score_mod.score_mod is not None:
+        raise NotImplementedError(
+            "score_mod inside a StableMask is not taken with a cache, where a query's index is not its position: use softcap "
+            "or alibi_slopes"
+        )
     new = _check(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad)
     check_slopes(alibi_slopes, q.shape[0], q)
     if differentiable(q, k_cache, v_cache, k, v, learnable_sink, alibi_slopes, *_learned(score_mod)):
         raise NotImplementedError("flash_attn_with_kvcache is for inference: call under torch.no_grad()")
     check_mask_fits(mask_of(request, q, 0, None), (q.shape[0], q.shape[2], q.shape[1]), q.shape[1], q.device)
-    held = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
+    held = _common(k_cache.shape[1] if cache_seqlens is None else cache_seqlens)
     if k is not None and v is not None:
         _write(k_cache, v_cache, k, v, held, cache_batch_idx)
     out, lse = _attend(q, k_cache, v_cache, request, held, new, cache_batch_idx, cache_leftpad, return_softmax_lse)
@@ -116,9 +121,9 @@ def _attend(
     pad: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    start, end = _common(0 if pad is None else pad), _common(held)
-    if start is not None and end is not None:
-        k, v = [_rows_of(x[:, start : end + new], row) for x in (k_cache, v_cache)]
+    start = 0 if pad is None else _common(pad)
+    if not isinstance(start, Tensor) and not isinstance(held, Tensor):
+        k, v = [_rows_of(x[:, start : held + new], row) for x in (k_cache, v_cache)]
         return attend_batch(q, k, v, request, return_lse=return_lse)
     k_BHTD, v_BHTD = [_rows_of(x, row).transpose(1, 2) for x in (k_cache, v_cache)]
     (batch, num_queries), num_keys = q.shape[:2], k_cache.shape[1]
@@ -139,10 +144,9 @@ def _attend(
 
 def _write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, held: int | Tensor, row: Tensor | None) -> None:
     batch, new = k.shape[:2]
-    start = _common(held)
-    if start is not None and row is None:
-        k_cache[:batch, start : start + new] = k
-        v_cache[:batch, start : start + new] = v
+    if row is None and not isinstance(held, Tensor):
+        k_cache[:, held : held + new] = k
+        v_cache[:, held : held + new] = v
         return
     slots = _column(held, batch, k.device) + torch.arange(new, device=k.device)
     rows = torch.arange(batch, device=k.device) if row is None else row.long()
@@ -150,12 +154,10 @@ def _write(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, held: int | T
     v_cache[rows[:, None], slots] = v
 
 
-def _common(x: int | Tensor) -> int | None:
+def _common(x: int | Tensor) -> int | Tensor:
     """The number that all elements are, where it can be known without waiting for a GPU."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not readable(x) or not x.numel() or bool((x != x[0]).any()):
         return x
-    if not readable(x) or not x.numel() or bool((x != x[0]).any()):
-        return None
     return int(x[0])
 
 

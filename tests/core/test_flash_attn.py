@@ -12,8 +12,9 @@ from torch import Tensor
 
 import sm_flex.flash_attn as flash_attn
 from sm_flex import flex_attention, headwise_gamma, stablemask
-from sm_flex.testing import assert_within_error_budget
+from sm_flex.testing import assert_within_error_budget, check_attention
 from tests.helpers.flash_attn import reference
+from tests.helpers.watching import Largest
 
 # Each is a list of the two lengths of one sequence, queries and keys.
 LENGTHS = st.tuples(st.sampled_from((1, 2, 3, 5, 8, 13)), st.sampled_from((1, 2, 3, 5, 8, 13, 0)))
@@ -143,19 +144,19 @@ def test_packed_forms_are_the_tensors_that_they_hold() -> None:
     cu, cu_k = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 4, 9]).int()
     mask = stablemask(0.3, length=20)
     cases: list[dict[str, Any]] = [{"causal": True, "window_size": (2, 0), "score_mod": mask}, {"softcap": 3.0}]
-    three: Any = (qkv.unbind(2), qkv[0].unbind(1))
-    two: Any = (kv.unbind(2), kv[0].unbind(1))
+    three: Any = (qkv.unbind(2), (*qkv[0].unbind(1), cu, cu, 4, 4))
+    two: Any = ((q, *kv.unbind(2)), (q[0], *kv[0].unbind(1), cu, cu_k, 4, 5))
     for found in cases:
         pairs = (
             (flash_attn.flash_attn_qkvpacked_func(qkv, **found), flash_attn.flash_attn_func(*three[0], **found)),
-            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(q, *two[0], **found)),
+            (flash_attn.flash_attn_kvpacked_func(q, kv, **found), flash_attn.flash_attn_func(*two[0], **found)),
             (
                 flash_attn.flash_attn_varlen_qkvpacked_func(qkv[0], cu, 4, **found),
-                flash_attn.flash_attn_varlen_func(*three[1], cu, cu, 4, 4, **found),
+                flash_attn.flash_attn_varlen_func(*three[1], **found),
             ),
             (
                 flash_attn.flash_attn_varlen_kvpacked_func(q[0], kv[0], cu, cu_k, 4, 5, **found),
-                flash_attn.flash_attn_varlen_func(q[0], *two[1], cu, cu_k, 4, 5, **found),
+                flash_attn.flash_attn_varlen_func(*two[1], **found),
             ),
         )
         for ours, expected in pairs:
@@ -252,6 +253,45 @@ def test_without_a_length_n_is_that_of_the_call() -> None:
     out = flex_attention(x, x, x, score_mod=stablemask(0.2, length=7))
     assert isinstance(out, Tensor)
     torch.testing.assert_close(flash_attn.flash_attn_func(q, q, q, causal=True, score_mod=stablemask(0.2)), out.transpose(1, 2))
+
+
+def test_every_law_of_stablemask() -> None:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, visible: Any, scale: Any, sink: Any = None, **options: Any
+    ) -> Tensor:
+        if visible is not None:
+            raise NotImplementedError("masks are not flash-attn's")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = stablemask(gamma, sink=sink, **options)
+        return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, score_mod=mask).transpose(1, 2)
+
+    report = check_attention(attention, max_examples=4)
+    no_lse, masked = {"log_sum_exp", "gradient_of_lse"}, {"masks", "packed_is_one_by_one", "padding_changes_nothing"}
+    assert set(report.not_run) == no_lse | masked
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"window_size": (100, 30)},
+        {"causal": True, "score_mod": stablemask(0.01, length=4096)},
+        {"causal": True, "window_size": (100, 0), "score_mod": stablemask(0.01, length=4096)},
+        {"softcap": 2.0, "alibi_slopes": torch.ones(1)},
+    ],
+    ids=["window", "StableMask", "StableMask, window", "alibi and softcap"],
+)
+def test_no_tensor_has_an_element_for_each_query_and_key(found: dict[str, Any]) -> None:
+    q, k = torch.randn(1, 2000, 1, 4, requires_grad=True), torch.randn(1, 2200, 1, 4)
+    cu_q, cu_k = torch.tensor([0, 2000]).int(), torch.tensor([0, 2200]).int()
+    calls: list[Callable[[], Any]] = [
+        lambda: flash_attn.flash_attn_func(q, k, k, **found).sum().backward(),
+        lambda: flash_attn.flash_attn_varlen_func(q[0], k[0], k[0], cu_q, cu_k, 2000, 2200, **found).sum().backward(),
+        lambda: flash_attn.flash_attn_with_kvcache(q.detach(), k, k, cache_seqlens=2100, **found),
+    ]
+    for call in calls:
+        with Largest() as largest:
+            call()
+        assert 2000 * 4 <= largest.elements < 2000 * 2200 // 4
 
 
 def test_gamma_inf_is_flash_attn_itself() -> None:

@@ -157,6 +157,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "sink must have one value for each of the 4 query heads, got 3",
     ),
+    "inner": (
+        {"score_mod": stablemask(0.5, length=9, score_mod=lambda s, b, h, i, j: s), "causal": True},
+        NotImplementedError,
+        "score_mod inside a StableMask is not taken with a cache",
+    ),
     "no length": ({"score_mod": stablemask(0.5), "causal": True}, ValueError, r"length is required with a cache"),
 }
 

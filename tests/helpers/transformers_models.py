@@ -60,25 +60,30 @@ def eq_11(
     scaling: float | None = None,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
     """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
 
-    A float mask is of the model's own making, and says by itself who sees whom.
+    A float mask is of the model's own making: it says by itself who sees whom, and adds to the scores of what is seen.
     """
     by_the_model = mask is not None and mask.dtype != torch.bool
-    visible = mask == 0 if mask is not None and by_the_model else mask
+    visible, bias = mask, 0 if position_bias is None else position_bias
+    if mask is not None and by_the_model:
+        visible = mask > torch.finfo(mask.dtype).min
+        bias = bias + mask.masked_fill(~visible, 0)
     if position_ids is not None:
         position_ids = position_ids[:, -query.shape[2] :]
         if query.shape[2] == key.shape[2] and not by_the_model:
             document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
             same = document[:, None, :, None] == document[:, None, None, :]
             visible = same if visible is None else visible & same
-    bias = None
     if softcap is not None:
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        bias = torch.tanh(scores / softcap) * softcap - scores
+        bias = bias + torch.tanh(scores / softcap) * softcap - scores
+    if not isinstance(bias, Tensor):
+        bias = None
     out, _ = oracle(
         query,
         key,
@@ -97,9 +102,11 @@ def eq_11(
 def oracle_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """Equation 11 with head-wise gamma, and the keys that a model's indexer selects."""
+    """Equation 11 with head-wise gamma, or inf, a model's own sinks, and the keys that its indexer selects."""
     setting = getattr(module.config, "stablemask", None) or COMMON["stablemask"]
-    assert setting["gamma"] == "headwise"
+    gamma = headwise_gamma(query.shape[1]) if setting["gamma"] == "headwise" else float("inf")
+    assert setting["gamma"] in ("headwise", gamma)
+    sinks = given["sinks"].squeeze(-1) if "sinks" in given else given.get("s_aux")
     indices, blocks = given.get("indices"), given.get("block_indices")
     if indices is not None:
         assert attention_mask is not None
@@ -110,9 +117,9 @@ def oracle_attention(
             blocks, attention_mask, key.shape[2], query.dtype, query.device, given["position_ids"]
         )
     out = eq_11(
-        query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
+        query, key, value, gamma=gamma, length=setting["length"], mask=attention_mask,
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
-        sink=given.get("s_aux"),
+        position_bias=given.get("position_bias"), sink=sinks,
     )  # fmt: skip
     return out, None
 

@@ -27,7 +27,6 @@ class OracleAttention(FlexAttention):
         heads: int
         window: int | None
         learned: bool
-        plain: bool
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -55,19 +54,15 @@ class OracleAttention(FlexAttention):
         out_BNLH, _ = oracle(
             *[x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH)], gamma=gamma, length=self.config.length,
             positions=positions_BL, visible=visible[:, None], scale=scale, sink=sinks_N,
-            dtype=q_BLNH.dtype if self.config.plain else torch.float64,
         )  # fmt: skip
         return out_BNLH.transpose(1, 2).to(q_BLNH.dtype)
 
 
 @override(target=AnyAttention)
-def oracle_attention(
-    attention: Any, *, gamma: Any, length: int = 256, learned: bool = False, plain: bool = False
-) -> BaseAttention.Config:
-    """plain: the formula in the model's own dtype, whose error is the yardstick."""
+def oracle_attention(attention: Any, *, gamma: Any, length: int = 256, learned: bool = False) -> BaseAttention.Config:
     inner: Any = derive(
         attention.inner_attention, OracleAttention.Config, gamma=gamma, length=length, heads=attention.n_heads,
-        window=getattr(attention, "sliding_window_size", None), learned=learned, plain=plain,
+        window=getattr(attention, "sliding_window_size", None), learned=learned,
     )  # fmt: skip
     if inner.sharding_config is not None:
         states = {"gamma_shift": dense_param_placement(tp=spmd.S(0))}

@@ -150,7 +150,7 @@ def custom(kind: str) -> Tensor:
     if kind == "future":
         return torch.ones_like(causal)
     if kind == "bias":
-        return torch.where(causal, -0.5, LOWEST)
+        return torch.full_like(causal, -0.5, dtype=torch.float64)
     if kind == "int":
         return causal.long()
     if kind == "wide":
@@ -163,7 +163,7 @@ def custom(kind: str) -> Tensor:
     ("kind", "error", "why"),
     [
         ("future", NotImplementedError, "lets a query see a later key"),
-        ("bias", NotImplementedError, "takes no additive bias"),
+        ("bias", NotImplementedError, "lets a query see a later key"),
         ("int", TypeError, "must be bool or floating, got torch.int64"),
         ("wide", ValueError, r"with S=5 and T=5, got \(1, 1, 5, 7\)"),
     ],
