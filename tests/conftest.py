@@ -50,8 +50,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
-    by_file = "no" if not option.numprocesses else "loadfile"
-    option.dist = "worksteal" if option.numprocesses and "cuda_model" in option.markexpr else by_file
+    # The gpu tests on the model take as long as their file is, and few files there are long.
+    split = "worksteal" if "cuda_model" in option.markexpr else "loadfile"
+    option.dist = split if option.numprocesses else "no"
     option.loadscopereorder = False
 
 
@@ -123,6 +124,15 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(kernel, "TILE_BYTES", 2**20)
         monkeypatch.setattr(kernel, "MAX_ROWS", 512)
+
+
+@pytest.fixture
+def plain_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the formula in PyTorch, where the kernel takes too long in the interpreter, or cannot run there."""
+    if not torch.cuda.is_available():
+        from sm_flex.epilogue import remask
+
+        monkeypatch.setattr(remask, "kernel", None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import AuxRequest, and_masks, create_bloc
 from torch.nn.attention.varlen import AuxRequest as VarlenAux
 
 from sm_flex import flex_attention, scaled_dot_product_attention, stablemask, varlen_attn
-from sm_flex.epilogue import remask
 from sm_flex.testing import assert_matches_eq11
 from tests.helpers.gpu import DEVICE, assert_matches_eq11_with_gamma_fixed
 from tests.helpers.problems import alibi, alibi_bias, documents, flex_with_lse, gamma_of, packed, qkv, unpacked
@@ -96,14 +95,7 @@ def graphs(run: Callable[..., Tensor], inputs: list[list[Any]]) -> int:
 ROWS = (64, 100, 33, 257, 130)
 
 
-@pytest.fixture
-def one_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code cannot run the kernel in Triton's interpreter: without a GPU eager takes the plain formula too."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(remask, "kernel", None)
-
-
-@pytest.mark.usefixtures("one_epilogue")
+@pytest.mark.usefixtures("plain_epilogue")
 @pytest.mark.parametrize("backend", ["AUTO", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
 def test_at_most_three_graphs_over_five_lengths(backend: str):
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ def test_at_most_three_graphs_over_five_lengths(backend: str):
     assert graphs(run, inputs) <= 3
 
 
-@pytest.mark.usefixtures("one_epilogue")
+@pytest.mark.usefixtures("plain_epilogue")
 def test_at_most_three_graphs_over_five_lengths_of_a_cache():
     def step(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask = stablemask(gamma, length=600, positions=positions)
@@ -133,7 +125,7 @@ def test_every_dimension_dynamic():
         assert_matches_eq11(compiled, problem(rows), {"length": 200})
 
 
-@pytest.mark.usefixtures("one_epilogue")
+@pytest.mark.usefixtures("plain_epilogue")
 @pytest.mark.parametrize("heads", [None, 4])
 def test_a_new_gamma_does_not_recompile(heads: int | None):
     def run(q: Tensor, mask: Any) -> Tensor:

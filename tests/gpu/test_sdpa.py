@@ -107,6 +107,7 @@ def test_static_cache_with_unused_slots(
 DROPOUT = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+@pytest.mark.usefixtures("plain_epilogue")  # for 1024 heads
 @pytest.mark.parametrize("kernel", DROPOUT)
 def test_dropout_drops_attention_and_never_the_mass(kernel: SDPBackend):
     """With values 1 the output is the row's undropped share on average; the mass takes its part whatever is dropped."""

@@ -147,6 +147,7 @@ def test_packed(dim: int, window: int, lse_grad: bool):
         ("bias_not_aligned", {"engine": "efficient", "queries": 5}, "attn_bias has strides"),
         ("statistics_of_three_dimensions", {"engine": "cudnn"}, "cudnn: lse"),
         ("statistics_of_other_strides", {"engine": "cudnn"}, "cudnn: contiguous lse"),
+        ("cudnn_out_in_bhsd_memory", {"engine": "cudnn"}, "out lies as its forward left it"),
         ("head_dim_not_padded", {"engine": "flash", "dim": 60}, "a multiple of 8 up to 256"),
         ("state_swapped", {"engine": "flash"}, "philox_seed is the rng_state"),
     ],

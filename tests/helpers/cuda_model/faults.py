@@ -75,6 +75,7 @@ minus_infinity_in_the_backward = _given(efficient, "efficient_backward_op", _min
 seed_for_offset = _given(efficient, "efficient_backward_op", _swap(7, 8))
 # cuDNN.
 cudnn_seed_for_offset = _given(cudnn, "cudnn_backward_op", _swap(6, 7))
+cudnn_out_in_bhsd_memory = _given(cudnn, "cudnn_backward_op", _set(4, lambda out: out.contiguous()))
 statistics_of_three_dimensions = _given(cudnn, "cudnn_backward_op", _set(5, lambda lse: lse.squeeze(-1)))
 statistics_of_other_strides = _given(
     cudnn, "cudnn_backward_op", _set(5, lambda lse: lse.transpose(1, 2).contiguous().transpose(1, 2))

@@ -13,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sm_flex.engines import autograd
 from sm_flex.epilogue import remask
 from tests.helpers.cuda_model import choice
-from tests.helpers.cuda_model.contract import CONTRACTS
+from tests.helpers.cuda_model.contract import CONTRACTS, need
+
+CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
 class Spy(TorchDispatchMode):
@@ -22,12 +25,20 @@ class Spy(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.called: list[str] = []
+        self.cudnn_out = torch.empty(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in CONTRACTS:
             CONTRACTS[func](*args, **(kwargs or {}))
             self.called.append(func.name().partition("::")[2])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is CUDNN:
+            self.cudnn_out = result[0]
+        if func is CUDNN_BACKWARD and args[4].shape == self.cudnn_out.shape:
+            # cudnn/MHA.cpp: a graph is kept for calls of the same q, k and v, with the strides that out had (cudnn.py).
+            lies = args[4].stride(), self.cudnn_out.stride()
+            need(lies[0] == lies[1], f"cudnn: out lies as its forward left it, got {lies[0]} for {lies[1]}")
+        return result
 
 
 class Step:
