@@ -33,7 +33,7 @@ SERVED = {
     "pairs of heads, and other heads in each layer": ["diffllama", "laguna"],
     "several position axes": ["qwen2_vl_text"],
     "composite": ["gemma3", "gemma4"],
-    "no position_ids": ["persimmon"],
+    "no position_ids": ["persimmon", "dory", "recurrent_gemma"],
     "attention sinks": ["gpt_oss", "granite_swa"],
 }
 NOT_SERVED = {
@@ -41,7 +41,7 @@ NOT_SERVED = {
     "a bias on the scores": ["inkling_text"],
     "a bias in its mask": ["doge"],
     "asks for a bidirectional mask": ["bart"],
-    "no position_ids": ["llama4_text", "deepseek_v32", "dory", "recurrent_gemma"],
+    "no position_ids": ["llama4_text", "deepseek_v32"],
 }
 EXPECTED = {name: Outcome(RIGHT) for names in SERVED.values() for name in names} | {
     name: Outcome(REFUSED, reason) for reason, names in NOT_SERVED.items() for name in names
