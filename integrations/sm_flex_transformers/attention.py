@@ -58,7 +58,7 @@ def stablemask_attention(
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
         position_ids = None
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if batching.MARK in kwargs:
+    if batching.is_batched(kwargs):
         given = {**kwargs, "softcap": softcap}
         mask = functools.partial(layer_masks.packed, asked, position_ids, query, num_keys, sink)
         return batching.attend(module, query, key, value, mask, attention_mask, scaling, given), None

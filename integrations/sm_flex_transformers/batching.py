@@ -21,7 +21,6 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from sm_flex import StableMask, varlen_attn
 from sm_flex_transformers.interface import NAMES, layer_of
 
-MARK = "read_index"  # a keyword that a layer is handed in continuous batching alone
 UNTAKEN = ("softcap", "indices", "block_indices", "position_bias")
 
 
@@ -60,6 +59,11 @@ def _without_graphs(config: Any) -> Any:
     if asked is None or asked is False:
         return dataclasses.replace(config, use_cuda_graph=False)
     raise NotImplementedError(f"use_cuda_graph must be False with stablemask or sm_flex, got {asked}: leave it out")
+
+
+def is_batched(given: dict[str, Any]) -> bool:
+    """Whether a layer was called in continuous batching: only there is it handed the keys to read of each kind of layer."""
+    return isinstance(given.get("read_index"), list)
 
 
 def attend(

@@ -72,6 +72,7 @@ def _several_axes() -> bool:
 REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("never looks its attention up", r"(\S+) models do not use Transformers' attention interface",
      lambda said, case: _never_asks(said[1], case)),
+    ("a bias of another form", r"(\w+) has a bias on the scores \((\w+)\)", lambda said, _: _asked(said[1], said[2])),
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),

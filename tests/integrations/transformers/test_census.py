@@ -34,14 +34,14 @@ SERVED = {
     "several position axes": ["qwen2_vl_text"],
     "a bias on the scores": ["inkling_text"],
     "composite": ["gemma3", "gemma4"],
-    "no position_ids": ["persimmon"],
+    "no position_ids": ["persimmon", "dory", "recurrent_gemma"],
     "attention sinks": ["gpt_oss", "granite_swa"],
 }
 NOT_SERVED = {
     "never looks its attention up": ["bloom", "openai-gpt", "xlm", "mamba", "falcon"],
     "asks for a bidirectional mask": ["bart"],
     "a layer that is not causal": ["inkling2_text"],
-    "no position_ids": ["llama4_text", "deepseek_v32", "dory", "recurrent_gemma"],
+    "no position_ids": ["llama4_text", "deepseek_v32"],
 }
 EXPECTED = {name: Outcome(RIGHT) for names in SERVED.values() for name in names} | {
     name: Outcome(REFUSED, reason) for reason, names in NOT_SERVED.items() for name in names
