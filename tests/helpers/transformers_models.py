@@ -68,6 +68,9 @@ def eq_11(
     """
     by_the_model = mask is not None and mask.dtype != torch.bool
     visible = mask == 0 if mask is not None and by_the_model else mask
+    if position_ids is not None and position_ids.dim() != 2:
+        assert gamma == float("inf")  # no position counts
+        position_ids = None
     if position_ids is not None:
         position_ids = position_ids[:, -query.shape[2] :]
         if query.shape[2] == key.shape[2] and not by_the_model:
