@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
 from sm_flex_transformers import batching, forwards, keywords, layer_masks, masks, windows
-from sm_flex_transformers.interface import extends_its_mask, layer_of, name_of
+from sm_flex_transformers.interface import extends_its_mask, layer_of, name_of, tells_its_masks_positions
 
 
 def stablemask_attention(
@@ -51,8 +51,7 @@ def stablemask_attention(
     forwards.note_call()
     _check(module, is_causal, kwargs)
     asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
-    if position_ids is None and asked is None:
-        position_ids = forwards.given_positions(query.shape[2])
+    unplaced = position_ids is None
     if position_ids is not None and position_ids.dim() != 2:
         if asked is not None:
             raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
@@ -74,6 +73,8 @@ def stablemask_attention(
     bias = keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys, softcap)
     if position_ids is None and asked is not None:
         _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
+    if unplaced and asked is None:
+        _check_documents(module, seen, num_queries, num_keys)
     positions, documents, visible = position_ids, None, seen.visible
     if position_ids is not None:
         if asked is not None:
@@ -97,8 +98,6 @@ def stablemask_attention(
             return windows.attend(query, key, value, mask, window, cu_seqlens, scaling), None
     if documents is not None:
         same = masks.same_document(documents, num_queries)
-        if getattr(config, "attention_chunk_size", None) is not None:
-            keywords.check_told_of_documents(module, "attends in chunks", seen.visible, same)
         visible = same if visible is None else visible & same
     if selected is not None:
         keywords.check_selected_within(module, seen.visible, visible)
@@ -140,6 +139,19 @@ def _check(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) ->
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"{name} is causal and {type(module).__name__} is not: use another attn_implementation")
     keywords.check(module, kwargs)
+
+
+def _check_documents(module: Any, seen: masks.Seen, num_queries: int, num_keys: int) -> None:
+    """A layer that is handed no position_ids cannot keep packed documents apart: its mask must, where the model makes it so."""
+    given = forwards.given_positions(num_queries)
+    if given is None or given.dim() != 2 or not forwards.may_have_a_cache():
+        return
+    if not tells_its_masks_positions(module.config.model_type):
+        return  # packed documents mix in its own attention too
+    documents = masks.documents(seen, given, num_queries, num_keys)
+    if documents is not None:
+        same = masks.same_document(documents, num_queries)
+        keywords.check_told_of_documents(module, "is handed no position_ids", seen.visible, same)
 
 
 def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:

@@ -20,6 +20,7 @@ class _Running(threading.local):
 
     masked = False  # whether the mask function was given a 2-D attention_mask
     position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
+    cached = True  # whether it may keep a cache
     calls = 0  # of stablemask_attention
 
 
@@ -58,6 +59,9 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
         return
     settings.hand_down(model.config)
     sharding.check_plan(model)
+    use_cache = given.get("use_cache")
+    kept = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+    _RUNNING.cached = kept or (getattr(model.config, "use_cache", True) if use_cache is None else use_cache)
     _RUNNING.position_ids = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None
@@ -111,6 +115,11 @@ def lost_positions(num_queries: int) -> bool:
     if given is None:
         return False
     return not bool((given == torch.arange(num_queries, device=given.device)).all())
+
+
+def may_have_a_cache() -> bool:
+    """Whether the running forward may keep a cache: Transformers then makes no mask for packed rows."""
+    return _RUNNING.cached
 
 
 def given_positions(num_queries: int) -> Tensor | None:

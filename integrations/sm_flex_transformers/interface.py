@@ -73,6 +73,13 @@ def passes_its_window(model_type: str) -> bool:
     return model_type not in _OTHERS and _passes_its_window(model_type)
 
 
+@functools.cache
+def tells_its_masks_positions(model_type: str) -> bool:
+    """Whether a model hands its mask functions position_ids, by which Transformers keeps packed documents apart."""
+    told = r'"position_ids": position_ids|create_\w*mask\w*\([^)]*position_ids='
+    return any(re.search(told, source) for source in _sources(model_type))
+
+
 # Model types of which a model was built that is not Transformers' own, and may not say how wide its window is.
 _OTHERS: set[str] = set()
 

@@ -72,6 +72,9 @@ def eq_11(
     if mask is not None and by_the_model:
         visible = mask > torch.finfo(mask.dtype).min
         bias = bias + mask.masked_fill(~visible, 0)
+    if position_ids is not None and position_ids.dim() != 2:
+        assert gamma == float("inf")  # no position counts
+        position_ids = None
     if position_ids is not None:
         position_ids = position_ids[:, -query.shape[2] :]
         if query.shape[2] == key.shape[2] and not by_the_model:

@@ -64,6 +64,11 @@ def _shows_later_keys() -> bool:
     return any(x.triu(x.shape[-1] - x.shape[-2] + 1).any() for x in seen)
 
 
+def _not_causal(by: str) -> bool:
+    mine = [call for call in RECORD.calls if type(call.module).__name__ == by]
+    return any(not call.keywords.get("is_causal", getattr(call.module, "is_causal", True)) for call in mine)
+
+
 def _several_axes() -> bool:
     return any(call.keywords["position_ids"].dim() != 2 for call in RECORD.calls if "position_ids" in call.keywords)
 
@@ -76,8 +81,8 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("an unknown keyword", r"(\w+) hands its attention (\w+)=", lambda said, _: _asked(said[1], said[2])),
     ("keys chosen across documents", r"(\w+) selects keys by itself and was not told of the packed documents in the row",
      lambda said, _: _asked(said[1], "indices", "block_indices") and _own_positions()),
-    ("chunks across documents", r"(\w+) attends in chunks and was not told of the packed documents in the row",
-     lambda *_: _own_positions()),
+    ("documents with a cache, no position_ids", r"(\w+) is handed no position_ids and was not told of the packed documents",
+     lambda said, _: _own_positions() and not _asked(said[1], "position_ids")),
     ("no position_ids", r"(\w+) got no position_ids, and this call has a mask, a cache or positions of its own",
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
@@ -85,6 +90,7 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("a mask that shows later keys", r"the attention mask lets a query see a later key", lambda *_: _shows_later_keys()),
     ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
+    ("a layer that is not causal", r"(?:stablemask|sm_flex) is causal and (\w+) is not", lambda said, _: _not_causal(said[1])),
 ]  # fmt: skip
 
 
