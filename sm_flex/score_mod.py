@@ -172,7 +172,10 @@ def stablemask(
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
     # Some devices (MPS) have no float64; log M is float32 there.
     dtype = x.dtype if device.type in ("cpu", "cuda") else torch.float32
-    if x.dim() == 0 and not x.requires_grad and readable(x) and get_proxy_mode() is None:
-        # A fill, which a CUDA graph can record. A copy from the host would wait for the device.
+    if x.dim() or x.requires_grad or x.device.type != "cpu":
+        return x.to(device, dtype)
+    # A copy from the host would wait for the device, and no CUDA graph can record it. A fill does not, nor does
+    # an operand of 0 dimensions, whose value the kernel is given.
+    if readable(x) and get_proxy_mode() is None:
         return torch.full((), x.item(), dtype=dtype, device=device)
-    return x.to(device, dtype)
+    return torch.zeros((), dtype=dtype, device=device) + x

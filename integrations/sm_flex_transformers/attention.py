@@ -76,16 +76,18 @@ def stablemask_attention(
         _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
     positions, documents, visible = position_ids, None, seen.visible
     if position_ids is not None:
-        positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
+        if asked is not None:
+            positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
         documents = masks.documents(seen, position_ids, num_queries, num_keys)
-    if documents is None and visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
+    told = kwargs.get("cu_seq_lens_q")
+    if told is not None and len(told) > 2 and visible is None and documents is None:
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
+    selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
     window = windows.width(kwargs.get("sliding_window"), attention_mask, num_keys)
-    by_slot = bias is not None or any(kwargs.get(name) is not None for name in keywords.SELECTIONS)
+    by_slot = bias is not None or selected is not None
     if window is not None and documents is None and not by_slot and num_queries < num_keys:
         key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
         num_keys, window = key.shape[2], window if num_queries > 1 else None
-    selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
     if visible is None and not by_slot and softcap is None and dropout == 0.0 and num_queries > 1:
         whole = documents is None or (documents.cu_seqlens is not None and num_queries == num_keys)
         needed = window is not None or documents is not None or num_queries < num_keys

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from sm_flex_transformers import settings, sharding
-from sm_flex_transformers.interface import NAMES, name_of
+from sm_flex_transformers.interface import NAMES, name_of, note_model
 
 
 class _Running(threading.local):
@@ -40,6 +40,7 @@ _PROVEN = WeakIdKeyDictionary()  # models that have called stablemask_attention
 
 def watch(model: PreTrainedModel) -> None:
     """Registers the hooks, once."""
+    note_model(type(model), model.config.model_type)
     if not any(getattr(hook, "func", None) is before for hook in model._forward_pre_hooks.values()):
         names = tuple(inspect.signature(model.forward).parameters)
         model.register_forward_pre_hook(functools.partial(before, names), with_kwargs=True)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 NAMES = ("stablemask", "sm_flex")  # ours: sm_flex is StableMask only where config.stablemask asks for it
 LOOK_UP = "ALL_ATTENTION_FUNCTIONS.get_interface("
+WINDOW = r"attention_interface\([^)]*\bsliding_window="
 TABLE = "_ATTENTION_CLASSES[config._attn_implementation]"  # a class for each name that the model knows (GIT)
 
 
@@ -63,14 +64,36 @@ def has_sinks(model: type[PreTrainedModel]) -> bool:
 @torch._dynamo.assume_constant_result
 def extends_its_mask(model_type: str) -> bool:
     """Whether a model puts keys of its own behind those of its mask, and what it says of them in the mask's dtype."""
-    return any(".to(attention_mask.dtype)" in source for source in _sources(model_type))
+    return _extends_its_mask(model_type)
 
 
 @torch._dynamo.assume_constant_result
 def passes_its_window(model_type: str) -> bool:
     """Whether a model tells its attention how wide its window is, as it must for kernels that are given no mask."""
+    return model_type not in _OTHERS and _passes_its_window(model_type)
+
+
+# Model types of which a model was built that is not Transformers' own, and may not say how wide its window is.
+_OTHERS: set[str] = set()
+
+
+def note_model(model: type[PreTrainedModel], model_type: str) -> None:
+    """For a model that is built: its code counts, not that of Transformers' model of the same type."""
+    if not model.__module__.startswith("transformers."):
+        source = _source(model)
+        if source is None or (LOOK_UP in source and not re.search(WINDOW, source)):
+            _OTHERS.add(model_type)
+
+
+@functools.cache
+def _extends_its_mask(model_type: str) -> bool:
+    return any(".to(attention_mask.dtype)" in source for source in _sources(model_type))
+
+
+@functools.cache
+def _passes_its_window(model_type: str) -> bool:
     sources = _sources(model_type)
-    return bool(sources) and all(re.search(r"attention_interface\([^)]*\bsliding_window=", source) for source in sources)
+    return bool(sources) and all(re.search(WINDOW, source) for source in sources)
 
 
 def _sources(model_type: str) -> list[str]:

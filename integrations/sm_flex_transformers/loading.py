@@ -74,7 +74,8 @@ def _check_settings(model: PreTrainedModel, name: str | None) -> None:
     if getattr(config, "is_heterogeneous", False) or not hasattr(config, "num_attention_heads"):
         return  # the layers are asked; the parts of a composite model when they are built
     if settings.of(config) is not None:
-        settings.read(config, None, torch.device("cpu"))
+        for layer in range(getattr(config, "num_hidden_layers", None) or 1):
+            settings.read(config, layer, torch.device("cpu"))
         return
     if name == "sm_flex":
         return  # the model's own attention

@@ -27,7 +27,8 @@ class GammaSchedule(TrainerCallback):
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that runs neither
-            stablemask nor sm_flex, or whose config asks for a gamma that is not the target.
+            stablemask nor sm_flex, whose config asks for a gamma that is not the target, or whose layers have different
+            numbers of heads where the target is not one number.
     """
 
     def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = 10.0) -> None:
@@ -59,7 +60,7 @@ class GammaSchedule(TrainerCallback):
             )
         given = (settings.of(config) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.
-        if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
+        if given not in (self.target, self.start, self._now(state, config)):
             raise ValueError(
                 f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: '
                 f"pass target={given!r}, or, where an earlier schedule was cut short, resume from its checkpoint"
@@ -73,5 +74,16 @@ class GammaSchedule(TrainerCallback):
         self._set(state, model.config.get_text_config())
 
     def _set(self, state: Any, config: Any) -> None:
-        gamma = self.gamma(state.global_step, config.num_attention_heads)
-        config.stablemask = {**(settings.of(config) or {}), "gamma": gamma}
+        config.stablemask = {**(settings.of(config) or {}), "gamma": self._now(state, config)}
+
+    def _now(self, state: Any, config: Any) -> float | list[float]:
+        """One gamma per head, or one for all where the layers differ in their heads."""
+        heads = settings.heads_of_layers(config)
+        if len(heads) == 1:
+            return self.gamma(state.global_step, heads[0])
+        if not isinstance(self.target, (int, float)):
+            raise ValueError(
+                f"this model's layers have {' or '.join(map(str, heads))} query heads, and GammaSchedule sets one gamma per head "
+                "for all of them: give it one number as its target"
+            )
+        return self.gamma(state.global_step, 1)[0]

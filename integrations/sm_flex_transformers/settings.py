@@ -67,7 +67,7 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
-    given, name = of(config), name_of(config)
+    given, name, whole = of(config), name_of(config), config
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
         own = getattr(config, "stablemask", None)
@@ -87,7 +87,17 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.
     plain = all(type(x) in (int, float, str) for x in (gamma if isinstance(gamma, tuple) else (gamma,)))
     make = _cached_gamma if keep and plain else _gamma
-    return Settings(make(gamma, num_heads(config, layer), device), _length(given.get("length"), config))
+    heads, where = num_heads(config, layer), ""
+    if isinstance(gamma, tuple) and len(gamma) != heads and layer is not None and len(heads_of_layers(whole)) > 1:
+        where = f" of layer {layer}"
+    return Settings(make(gamma, heads, device, where), _length(given.get("length"), config))
+
+
+def heads_of_layers(config: Any) -> list[int]:
+    """The different numbers of query heads that a model's layers have."""
+    layers = range(getattr(config, "num_hidden_layers", 1))
+    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * len(layers)
+    return sorted({num_heads(configs[i], i) for i in layers})
 
 
 def num_heads(config: Any, layer: int | None) -> int:
@@ -111,8 +121,8 @@ def _length(length: Any, config: Any) -> int:
     return length_from(length, name='config.stablemask["length"]')
 
 
-def _gamma(gamma: Any, num_heads: int, device: torch.device) -> Tensor:
-    return gamma_from(gamma, num_heads, name='config.stablemask["gamma"]').to(device)
+def _gamma(gamma: Any, num_heads: int, device: torch.device, where: str) -> Tensor:
+    return gamma_from(gamma, num_heads, name=f'config.stablemask["gamma"]{where}').to(device)
 
 
 _cached_gamma = lru_cache(maxsize=64)(_gamma)

@@ -28,17 +28,29 @@ def _refusing(name: str, stock: Any) -> type:
         config = get_current_vllm_config_or_none()
         return config is not None and settings.asks(config.model_config)
 
-    def get_impl_cls() -> type:
-        """Called for each layer when the model is built."""
+    def refuse() -> None:
         if asked():
             raise NotImplementedError(f"config.stablemask is set, and {registry.why_refused(name)}")
+
+    def get_impl_cls() -> type:
+        """Called for each layer when the model is built."""
+        refuse()
         return stock.get_impl_cls()
+
+    def get_builder_cls() -> type:
+        """Called for each kind of layer when the cache is made, also where a layer runs its attention by itself."""
+        refuse()
+        return stock.get_builder_cls()
 
     def validate_configuration(cls: Any, *args: Any, **kwargs: Any) -> list[str]:
         """Called where vLLM chooses a backend by itself: it takes one that serves."""
         reasons = super(made, cls).validate_configuration(*args, **kwargs)
         return [*reasons, "StableMask not supported"] if asked() else reasons
 
-    methods = {"get_impl_cls": staticmethod(get_impl_cls), "validate_configuration": classmethod(validate_configuration)}
+    methods = {
+        "get_impl_cls": staticmethod(get_impl_cls),
+        "get_builder_cls": staticmethod(get_builder_cls),
+        "validate_configuration": classmethod(validate_configuration),
+    }
     made: Any = type(name, (stock,), {**methods, "__module__": __name__, "__doc__": f"{stock.__name__}, or a refusal."})
     return made

@@ -8,9 +8,9 @@ A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but de
 of delta gives the same. Every kernel computes delta from grad_out and out'. So both are widened by columns
 whose product is -grad_lse' (in three parts, so that bf16 holds all of it), and q, k and v by columns of 0.
 
-torch.compile makes every gradient that enters an autograd Function contiguous. Most kernels lay their out out
-as (B, S, H, D), and their backward wants its gradient there. So the Function returns it as (B, S, H, D), and
-attend() transposes it: a contiguous gradient is then what the kernel reads, without a copy.
+torch.compile makes every gradient that enters an autograd Function contiguous. Kernels lay their out out as
+(B, S, H, D), the projection after it leaves its gradient so, and their backward wants it there. So the Function
+returns (B, S, H, D), and attend() transposes it: a contiguous gradient is one that nobody has to copy.
 """
 
 from typing import Any
@@ -33,13 +33,11 @@ KERNELS: dict[str, Kernel] = {
     "varlen": varlen,
     "varlen_cpu": varlen_cpu,
 }
-# Those whose out has the memory layout of q. That of the others is (B, S, H, D).
-LAYOUT_OF_QUERY = ("cudnn", "cpu")
 # How many columns a gradient of lse' adds, of which PARTS are not 0. Kernels want a multiple of 8.
 WIDENING = 8
 PARTS = 3
 # What the Function takes, one after the other, and where those stand that have a gradient.
-ARGUMENTS = ("engine", "return_lse", "transposed", *Call._fields, *Mass._fields)
+ARGUMENTS = ("engine", "return_lse", *Call._fields, *Mass._fields)
 Q, K, V, BIAS, LOG_MASS = [ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS")]
 
 
@@ -62,15 +60,9 @@ def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Te
     # Eager: always return lse', so that a second derivative is refused. Compiled: there is no second
     # derivative, and AOTAutograd would hand us a gradient for an lse' that no caller asked for.
     with_lse = return_lse or not torch.compiler.is_compiling()
-    transposed = lies_by_rows(engine, q)
-    result = _Attend.apply(engine, with_lse, transposed, *call, *mass)
-    out, lse = result if with_lse else (result, None)
-    return out.transpose(1, 2) if transposed else out, lse if return_lse else None
-
-
-def lies_by_rows(engine: str, q_BHSD: Tensor) -> bool:
-    """Whether the kernel lays its out (B, H, S, D) out as (B, S, H, D) in memory."""
-    return engine not in LAYOUT_OF_QUERY or q_BHSD.stride(1) <= q_BHSD.stride(2)
+    result = _Attend.apply(engine, with_lse, *call, *mass)
+    out_BSHD, lse = result if with_lse else (result, None)
+    return out_BSHD.transpose(1, 2), lse if return_lse else None
 
 
 def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
@@ -91,18 +83,17 @@ def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tup
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, engine: str, return_lse: bool, transposed: bool, *arguments: Any) -> Any:
+    def forward(ctx: Any, engine: str, return_lse: bool, *arguments: Any) -> Any:
         call, mass = Call(*arguments[: len(Call._fields)]), Mass(*arguments[len(Call._fields) :])
         inputs = (call.q, call.k, call.v, call.bias, call.cu_q, call.cu_k, mass.log_mass_HS)
         if call.cu_q is not None and mass.log_mass_HS is None and mass.positions is None:
             mass = mass._replace(cu_seqlens=call.cu_q)
         out, lse, state = forward(engine, _with_cu_k(call), mass)
-        out = out.transpose(1, 2) if transposed else out
-        ctx.engine, ctx.transposed = engine, transposed
-        ctx.call = call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
-        ctx.save_for_backward(*inputs, out, lse, *state)
+        out_BSHD = out.transpose(1, 2)
+        ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
+        ctx.save_for_backward(*inputs, out_BSHD, lse, *state)
         ctx.set_materialize_grads(False)
-        return (out, lse) if return_lse else out
+        return (out_BSHD, lse) if return_lse else out_BSHD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -110,12 +101,11 @@ class _Attend(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(ARGUMENTS)
         if grad_out is None and grad_lse is None:
             return tuple(grads)
-        q, k, v, bias, cu_q, cu_k, log_mass, out, lse, *state = ctx.saved_tensors
+        q, k, v, bias, cu_q, cu_k, log_mass, out_BSHD, lse, *state = ctx.saved_tensors
         call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if ctx.transposed:
-            grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+            grad_out = torch.zeros_like(out_BSHD)
+        grad_out, out = grad_out.transpose(1, 2), out_BSHD.transpose(1, 2)
         if ctx.needs_input_grad[LOG_MASS]:
             grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
         if bias is not None or call.may_be_masked:

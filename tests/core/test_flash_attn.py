@@ -13,35 +13,12 @@ from torch import Tensor
 import sm_flex.flash_attn as flash_attn
 from sm_flex import flex_attention, headwise_gamma, stablemask
 from sm_flex.testing import assert_within_error_budget, check_attention
-from tests.helpers.flash_attn import reference
+from tests.helpers.flash_attn import MASKED, options, reference, rows_of
 from tests.helpers.watching import Largest
 
 # Each is a list of the two lengths of one sequence, queries and keys.
 LENGTHS = st.tuples(st.sampled_from((1, 2, 3, 5, 8, 13)), st.sampled_from((1, 2, 3, 5, 8, 13, 0)))
 HEADS = st.sampled_from(((2, 2), (4, 2), (3, 1)))
-
-
-@st.composite
-def options(draw: st.DrawFn, heads: int, rows: int) -> dict[str, Any]:
-    """Every option that changes the output, each as often absent as present. rows: for slopes (rows, H)."""
-    found: dict[str, Any] = {"causal": draw(st.booleans())}
-    if draw(st.booleans()):
-        found["window_size"] = draw(st.tuples(*[st.sampled_from((-1, 0, 1, 4, 40))] * 2))
-    if draw(st.booleans()):
-        found["softmax_scale"] = 0.3
-    if draw(st.integers(0, 3)) == 0:
-        found["softcap"] = 1.5
-    if draw(st.integers(0, 3)) == 0:
-        found["alibi_slopes"] = torch.rand(heads) if draw(st.booleans()) else torch.rand(rows, heads)
-    if draw(st.integers(0, 3)) == 0:
-        found["learnable_sink"] = torch.randn(heads, dtype=torch.float64, requires_grad=True)
-    return found
-
-
-def rows_of(found: dict[str, Any], n: int) -> dict[str, Any]:
-    """The options of one sequence."""
-    slopes = found.get("alibi_slopes")
-    return {**found, "alibi_slopes": slopes[n]} if slopes is not None and slopes.dim() == 2 else found
 
 
 def leaf(*shape: int) -> Tensor:
@@ -179,17 +156,6 @@ def test_dropout_drops_weights_and_scales_the_others(found: dict[str, Any]) -> N
         kept = dropped != 0
         torch.testing.assert_close(dropped[kept], weights[kept] / 0.75)
         assert 0.1 < (~kept)[weights > 0].float().mean() < 0.4
-
-
-# A StableMask's settings beside the options of flash-attn.
-MASKED: list[dict[str, Any]] = [
-    {},
-    {"window_size": (4, 0)},
-    {"window_size": (-1, 0), "softmax_scale": 0.3},
-    {"softcap": 2.0},
-    {"alibi_slopes": torch.tensor([0.3, 0.1, 0.0, 0.5])},
-    {"softcap": 2.0, "window_size": (3, -1), "alibi_slopes": torch.tensor([0.3, 0.1, 0.0, 0.5])},
-]
 
 
 @pytest.mark.parametrize("found", MASKED, ids=str)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sm_flex import headwise_gamma, stablemask
 from sm_flex.flash_attn import flash_attn_func, flash_attn_with_kvcache
-from tests.core.test_flash_attn import MASKED, options, rows_of
-from tests.helpers.flash_attn import reference
+from tests.helpers.flash_attn import MASKED, options, reference, rows_of
 
 H, KV, D, SLOTS = 4, 2, 5, 16
 

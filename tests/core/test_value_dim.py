@@ -28,7 +28,7 @@ def in_two_halves(fn: Attention) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> Any:
         options = options if sink is None else {**options, "sink": sink}
-        results = [fn(q, k, half, **options) for half in v.chunk(2, dim=-1)]
+        results: list[Any] = [fn(q, k, half, **options) for half in v.chunk(2, dim=-1)]
         if isinstance(results[0], Tensor):
             return torch.cat(results, dim=-1)
         return torch.cat([out for out, _ in results], dim=-1), results[-1][1]

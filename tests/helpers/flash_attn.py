@@ -1,12 +1,23 @@
-"""flash-attn's attention for one sequence, typed from its docstrings, in float64 and with one column for each score."""
+"""flash-attn's attention for one sequence, typed from its docstrings with one column for each score, and options to draw."""
 
 import math
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sm_flex.testing import oracle
+
+# A StableMask's settings beside the options of flash-attn.
+MASKED: list[dict[str, Any]] = [
+    {},
+    {"window_size": (4, 0)},
+    {"window_size": (-1, 0), "softmax_scale": 0.3},
+    {"softcap": 2.0},
+    {"alibi_slopes": torch.tensor([0.3, 0.1, 0.0, 0.5])},
+    {"softcap": 2.0, "window_size": (3, -1), "alibi_slopes": torch.tensor([0.3, 0.1, 0.0, 0.5])},
+]
 
 
 def reference(
@@ -55,3 +66,26 @@ def reference(
     weights = torch.softmax(row.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)[..., :num_keys]
     lse = torch.logsumexp(row.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing.squeeze(-1), -math.inf)
     return torch.einsum("hij,jhd->ihd", weights, v), lse
+
+
+@st.composite
+def options(draw: st.DrawFn, heads: int, rows: int) -> dict[str, Any]:
+    """Every option that changes the output, each as often absent as present. rows: for slopes (rows, H)."""
+    found: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        found["window_size"] = draw(st.tuples(*[st.sampled_from((-1, 0, 1, 4, 40))] * 2))
+    if draw(st.booleans()):
+        found["softmax_scale"] = 0.3
+    if draw(st.integers(0, 3)) == 0:
+        found["softcap"] = 1.5
+    if draw(st.integers(0, 3)) == 0:
+        found["alibi_slopes"] = torch.rand(heads) if draw(st.booleans()) else torch.rand(rows, heads)
+    if draw(st.integers(0, 3)) == 0:
+        found["learnable_sink"] = torch.randn(heads, dtype=torch.float64, requires_grad=True)
+    return found
+
+
+def rows_of(found: dict[str, Any], n: int) -> dict[str, Any]:
+    """The options of one sequence."""
+    slopes = found.get("alibi_slopes")
+    return {**found, "alibi_slopes": slopes[n]} if slopes is not None and slopes.dim() == 2 else found

@@ -121,7 +121,7 @@ def oracle_attention(
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
         position_bias=given.get("position_bias"), sink=sinks,
     )  # fmt: skip
-    return out, None
+    return out.to(query.dtype), None
 
 
 def full_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -57,6 +57,13 @@ def _not_causal(name: str) -> bool:
     return any(not call.keywords.get("is_causal", getattr(call.module, "is_causal", True)) for call in mine)
 
 
+def _shows_later_keys() -> bool:
+    """Of the slots behind the queries' own."""
+    masks = [call.mask for call in RECORD.calls if call.mask is not None and call.mask.shape[-1] == call.num_keys]
+    seen = [x if x.dtype == torch.bool else x > torch.finfo(x.dtype).min for x in masks]
+    return any(x.triu(x.shape[-1] - x.shape[-2] + 1).any() for x in seen)
+
+
 def _several_axes() -> bool:
     return any(call.keywords["position_ids"].dim() != 2 for call in RECORD.calls if "position_ids" in call.keywords)
 
@@ -74,6 +81,7 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
      lambda said, _: _unplaced(said[1])),
     ("several position axes", r"position_ids must be \(B, S\)", lambda *_: _several_axes()),
     ("a layer that is not causal", r"\w+ is causal and (\w+) is not", lambda said, _: _not_causal(said[1])),
+    ("a mask that shows later keys", r"the attention mask lets a query see a later key", lambda *_: _shows_later_keys()),
     ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
 ]  # fmt: skip

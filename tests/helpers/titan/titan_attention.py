@@ -25,17 +25,21 @@ STARTS = ((0, 23, 50), (0, 40, 69))  # of the documents of each row
 
 def configs() -> dict[str, Any]:
     """An attention of each kind, as the models' debug configs have them; windows are made shorter than a document."""
-    gpt = gpt_oss.model_registry("debugmodel").model.layers
-    muse = muse_glimmer.model_registry("debugmodel", attn_backend="flex").model.layers
+    gpt = _layers(gpt_oss.model_registry("debugmodel"))
+    muse = _layers(muse_glimmer.model_registry("debugmodel", attn_backend="flex"))
     return {
-        "llama3": llama3.model_registry("debugmodel", attn_backend="flex").model.layers[0].attention,
+        "llama3": _layers(llama3.model_registry("debugmodel", attn_backend="flex"))[0].attention,
         "gpt_oss, window": replace(gpt[0].attention, sliding_window_size=WINDOW),
         "gpt_oss": gpt[1].attention,
-        "deepseek_v3, kimi_k2_7": deepseek_v3.model_registry("debugmodel").model.layers[0].attention,
+        "deepseek_v3, kimi_k2_7": _layers(deepseek_v3.model_registry("debugmodel"))[0].attention,
         "muse_glimmer, window": replace(muse[0].attention, window_size=WINDOW),
         "muse_glimmer": muse[3].attention,
-        "qwen3_5": qwen3_5().model.layers[3].attention,
+        "qwen3_5": _layers(qwen3_5())[3].attention,
     }
+
+
+def _layers(spec: Any) -> list[Any]:
+    return spec.model.layers
 
 
 def qwen3_5() -> Any:

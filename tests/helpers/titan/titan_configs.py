@@ -30,12 +30,12 @@ def qwen3() -> Any:
 
 
 def gpt_oss() -> Any:
-    """With 8 of its 64 query heads, and one of its 8 key heads."""
-    config = gpt_oss_registry.gpt_oss_debugmodel()
+    """With 8 of its 64 query heads, and two of its 8 key heads."""
+    config: Any = gpt_oss_registry.gpt_oss_debugmodel()
     for i, layer in enumerate(config.model_spec.model.layers):
         old = layer.attention
         layer.attention = gpt_oss_models._make_gptoss_attn_config(
-            dim=old.dim, layer_id=i, n_heads=8, n_kv_heads=1, sliding_window_size=old.sliding_window_size, rope=old.rope
+            dim=old.dim, layer_id=i, n_heads=8, n_kv_heads=2, sliding_window_size=old.sliding_window_size, rope=old.rope
         )
     return _with_experts(config)
 
@@ -54,7 +54,7 @@ def kimi_k2_7() -> Any:
 
 def muse_glimmer() -> Any:
     """The last two of its layers, one with a window and one with none."""
-    config = muse_registry.muse_glimmer_debugmodel()
+    config: Any = muse_registry.muse_glimmer_debugmodel()
     layers = config.model_spec.model.layers
     layers[:] = layers[2:4]
     return _small(config)

@@ -51,10 +51,10 @@ class OracleAttention(FlexAttention):
         gamma = headwise_gamma(self.config.heads) if self.config.gamma == "headwise" else self.config.gamma
         if self.gamma_shift is not None:
             gamma = softplus(torch.log(torch.expm1(torch.as_tensor(gamma).double())) + self.gamma_shift.double())
-        out_BNLH, _ = oracle(
+        out_BNLH = oracle(
             *[x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH)], gamma=gamma, length=self.config.length,
             positions=positions_BL, visible=visible[:, None], scale=scale, sink=sinks_N,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         return out_BNLH.transpose(1, 2).to(q_BLNH.dtype)
 
 

@@ -69,7 +69,7 @@ def test_models_with_experts_train_as_the_oracle_does(name: str, found: Results)
     budget = error_budget(expected.double(), expected, torch.bfloat16)
     assert len(losses) == 2
     assert (losses - expected).abs().max() < budget
-    assert (causal - expected).abs().max() > 5 * budget
+    assert (causal - expected).abs().max() > 3 * budget
 
 
 def test_kimi_on_a_text_is_deepseek(found: Results):

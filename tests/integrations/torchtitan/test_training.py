@@ -58,6 +58,8 @@ def alone(folder: Path) -> Results:
         job("short length", OURS, *STABLEMASK, "--attn.length=100"),
         job("nothing to learn", OURS, *STABLEMASK, "--attn.learned", "--attn.gamma", "inf"),
         job("flux", OURS, *STABLEMASK, module="flux"),
+        job("to hf", OURS, *learned, "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"),
+        job("from hf", OURS, *learned, "--checkpoint.initial_load_in_hf", module="deepseek_v3"),
     ]
     return run(folder, jobs, 1)[0]
 
@@ -171,6 +173,8 @@ REFUSALS = {
     "gamma list": "gamma must have one number for each of the model's 16 query heads, got 2: [0.5, 0.25]",
     "short length": "length must be at least training.seq_len, 256, got 100: leave it out for 256",
     "nothing to learn": "gamma must be above 0 and finite where it is learned, since it stays positive, got inf",
+    "to hf": "--checkpoint.last_save_in_hf cannot be used with --attn.learned: what it writes would lack gamma",
+    "from hf": "--checkpoint.initial_load_in_hf of deepseek_v3 cannot be used with --attn.learned: torchtitan stops at its keys",
     "flux": "the model's attention must be that of llama3 and qwen3, deepseek_v3 and kimi_k2_7, gpt_oss, muse_glimmer, qwen3_5, "
     "got torchtitan.models.flux.model.layers.DoubleStreamBlock",
 }

@@ -1,10 +1,13 @@
 """A bias on the real scores, as position_bias= or in a float mask: eq. 11 with it, its gradient included."""
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import __version__ as version
+from transformers.models.doge.modeling_doge import DogeModel
 
 from sm_flex import headwise_gamma
 from sm_flex_transformers import stablemask_attention
@@ -93,6 +96,8 @@ def doge(keep: int) -> Any:
 @pytest.mark.parametrize("keep", [5, 2048])
 def test_doge_biases_its_scores_in_its_mask(keep: int) -> None:
     """Above keep_window_size keys each head also drops those with the smallest bias."""
+    if "allow_is_causal_skip" not in inspect.getsource(DogeModel.forward):
+        pytest.skip(f"Doge's mask shows later keys in Transformers {version}: refused")
     torch.manual_seed(0)
     found, ids = [], tokens(2, 17)
     slopes = torch.randn(2, dtype=torch.float64)

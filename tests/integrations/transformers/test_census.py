@@ -32,7 +32,7 @@ SERVED = {
     "state spaces between": ["bamba", "zamba2"],
     "pairs of heads, and other heads in each layer": ["diffllama", "laguna"],
     "several position axes": ["qwen2_vl_text"],
-    "a bias on the scores": ["inkling_text", "doge"],
+    "a bias on the scores": ["inkling_text"],
     "composite": ["gemma3", "gemma4"],
     "no position_ids": ["persimmon"],
     "attention sinks": ["gpt_oss", "granite_swa"],

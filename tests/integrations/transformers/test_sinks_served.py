@@ -19,9 +19,8 @@ TYPES = pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa"])
 NAMES = pytest.mark.parametrize("attention", ["sm_flex", "stablemask"])
 
 
-def model_with_sinks(model_type: str, attention: str, dtype: torch.dtype = torch.float64) -> Any:
-    config: Any = small_config(model_type)[0]
-    model = model_of(config, attention).to(dtype)
+def model_with_sinks(model_type: str, attention: str) -> Any:
+    model = model_of(small_config(model_type)[0], attention)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.25)
@@ -142,7 +141,7 @@ def test_the_forward_compiles_whole(fresh_compiler: None) -> None:
         model.zero_grad()
         run(ids, position_ids=positions, use_cache=False, labels=ids).loss.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    agree(*found, 1e-5)  # norms and angles are float32
+    agree(found[0], found[1], 1e-5)  # norms and angles are float32
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -203,4 +202,4 @@ def test_peft_trains_the_sinks_beside_its_adapters() -> None:
         torch.manual_seed(5)
         found.append(gradients(model, tokens(2, LENGTH)))
     assert {name.rsplit(".", 1)[1] for name in found[0]} == {"weight", "sinks"}
-    agree(*found, 1e-5)  # norms, angles and Granite's own softmax are float32
+    agree(found[0], found[1], 1e-5)  # norms, angles and Granite's own softmax are float32

@@ -11,7 +11,7 @@ from sm_flex_transformers import stablemask_attention
 from tests.helpers.tensor_parallel import load, rank_main, results
 from tests.helpers.transformers_models import COMMON, LENGTH, agree, config_class, model_of, tokens
 
-HEADS: dict[str, Any] = {**COMMON, "num_attention_heads": 8, "hidden_size": 64}
+HEADS: dict[str, Any] = {**COMMON, "num_attention_heads": 8, "hidden_size": 64, "vocab_size": 64}
 K_AND_V = ("model.layers.*.self_attn.k_proj", "model.layers.*.self_attn.v_proj")
 SINKS: dict[str, Any] = {
     **HEADS,

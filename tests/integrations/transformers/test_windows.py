@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from sm_flex_transformers import interface
 from tests.helpers.census.cases import Case
 from tests.helpers.transformers_models import CONFIGS, WINDOW, agree, cache_name, model_of, ragged, tokens
 
@@ -63,12 +65,17 @@ def test_the_mask_is_none_where_the_layers_know_it() -> None:
             assert mask.shape == (1, 1, 19, 19)
 
 
-def test_a_model_that_does_not_say_how_wide_its_window_is_gets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_ones_own_that_does_not_say_how_wide_its_window_is_gets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.masking_utils import create_sliding_window_causal_mask
+
+    class Own(MistralForCausalLM):
+        """In the place of one that looks its attention up, and leaves the window to the mask."""
 
     config = CONFIGS["mistral"]()
     config._attn_implementation = "sm_flex"
-    monkeypatch.setattr("sm_flex_transformers.windows.passes_its_window", lambda model_type: False)
+    monkeypatch.setattr(interface, "_OTHERS", set())
+    monkeypatch.setattr(interface, "_source", lambda model: interface.LOOK_UP)
+    Own(config)
     mask = create_sliding_window_causal_mask(config, torch.zeros(1, 19, 48), None, None)
     assert mask is not None
     assert mask.sum(-1).max() == WINDOW

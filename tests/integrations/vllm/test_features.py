@@ -81,7 +81,7 @@ def test_bfloat16_loses_what_vllms_own_loses(llama: Path, reference: Any, tmp_pa
 @pytest.mark.parametrize("settings", [{"model_impl": "transformers"}, {"enforce_eager": False}], ids=["transformers", "compiled"])
 @pytest.mark.vllm_all
 def test_other_model_code(llama: Path, reference: Any, settings: dict[str, Any]) -> None:
-    """Transformers' own layers, and layers compiled by inductor. vLLM changes Transformers' classes in the process for the first."""
+    """Transformers' own layers, for which vLLM changes Transformers' classes in the process, and layers compiled by inductor."""
     asked = engines.prompts()
     found = engines.agreement(reference, asked, engines.greedy_in_a_process(llama, asked, 8, **settings))
     assert found.equal == len(asked)
