@@ -29,14 +29,15 @@ class Reading(NamedTuple):
 def read(graph: Graph, large: int) -> Reading:
     body = body_of(graph.code)
     launches = [(name, _elements(arguments)) for name, arguments in re.findall(r"\b(\w+)\.run\((.*)\)", body)]
-    templates = [name for name, _ in launches if name.startswith("triton_tem_")]
-    launches = [(name, elements) for name, elements in launches if name not in templates]
+    flex = [name for name, _ in launches if name.startswith("triton_tem_")]
+    launches = [(name, elements) for name, elements in launches if name not in flex]
     ours = [name for name, _ in launches if name.startswith("remask_kernel")]
     passes = [name for name, elements in launches if elements >= large and name not in ours]
     moved = [name for name in passes if "clone" in name]
     between = re.findall(r"\.copy_\(", body)
     calls = re.findall(r"\b(?:torch\.ops\.|extern_kernels\.)([\w.]+?)(?:\.default)?\(", body)
-    calls = [name for name in calls if "assert" not in name] + templates
+    calls = [name for name in calls if "assert" not in name]
+    calls += ["flex_attention_backward" if "flex_attention_backward" in name else "flex_attention" for name in flex]
     kept = {name for name, size in zip(_returned(body), graph.outputs, strict=True) if size >= large and name.startswith("buf")}
     return Reading(calls, [name for name, _ in launches], len(passes) + len(ours), len(moved) + len(between), len(kept))
 
