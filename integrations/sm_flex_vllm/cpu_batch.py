@@ -106,12 +106,36 @@ def heads_that_need_it(log_mass_RH: Tensor, least_lse_RH: Tensor | None, dtype: 
     return ((log_mass_RH - least_lse_RH).exp() > HALF_ULP[dtype]).any(0).tolist()
 
 
-def own_scores(query_RHD: Tensor, key_RKD: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """The score of each row with its own key, float32 (R, H): a lower bound of its log-sum-exp."""
-    rows, heads, _ = query_RHD.shape
-    grouped = query_RHD.view(rows, key_RKD.shape[1], -1, query_RHD.shape[-1])
-    scores = (grouped * key_RKD.unsqueeze(2)).sum(-1, dtype=torch.float32).view(rows, heads) * scale
-    return torch.tanh(scores / soft_cap) * soft_cap if soft_cap else scores
+def mean_keys(key_RKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one request's rows: the mean of the keys up to each row, float32 (R, K, D), and how many they are, (R,)."""
+    seen_R = torch.arange(1, key_RKD.shape[0] + 1, dtype=torch.float32)
+    return key_RKD.cumsum(0, dtype=torch.float32) / seen_R.view(-1, 1, 1), seen_R
+
+
+def least_lse(query_RHD: Tensor, key_RKD: Tensor, scale: float, means: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A lower bound of each row's log-sum-exp, float32 (R, H), from some of the keys that the row sees.
+
+    It sees its own key, so lse >= its own score. By Jensen's inequality lse >= log m + the mean score of m keys, which is the
+    score with their mean.
+
+    Args:
+        means: mean_keys() of the same rows. None: the own key alone is used.
+    """
+    scores = _scores(query_RHD, key_RKD, scale)
+    if means is None:
+        return scores
+    mean_key_RKD, seen_R = means
+    return torch.maximum(scores, _scores(query_RHD, mean_key_RKD, scale) + seen_R.log().unsqueeze(1))
+
+
+def soft_capped(scores: Tensor, soft_cap: float) -> Tensor:
+    return torch.tanh(scores / soft_cap) * soft_cap
+
+
+def _scores(query_RHD: Tensor, key_RKD: Tensor, scale: float) -> Tensor:
+    rows, heads, dim = query_RHD.shape
+    grouped = query_RHD.view(rows, key_RKD.shape[1], -1, dim)
+    return (grouped * key_RKD.unsqueeze(2)).sum(-1, dtype=torch.float32).view(rows, heads) * scale
 
 
 def kv_heads_of(needed: list[bool], group: int) -> tuple[int, int] | None:

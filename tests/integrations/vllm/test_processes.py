@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm runs these tests")
-pytestmark = [pytest.mark.vllm, pytest.mark.vllm_all]
+pytestmark = pytest.mark.vllm
 
 from tests.helpers import vllm_engines as engines
 
@@ -52,6 +52,7 @@ def test_a_wrong_slice_of_heads_is_caught(llama: Path, reference: Any, tmp_path:
     assert found.worst > 0.1
 
 
+@pytest.mark.vllm_all
 def test_the_openai_server(llama: Path, reference: Any, tmp_path: Path) -> None:
     """Ten requests at once."""
     with socket.socket() as free:

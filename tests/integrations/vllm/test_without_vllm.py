@@ -98,7 +98,8 @@ def test_a_head_that_is_left_out_would_not_have_changed(dtype: torch.dtype, soft
     keys = k.repeat_interleave(heads // 2, 1)
     scores = torch.einsum("qhd,khd->qhk", q.double(), keys.double()) * 0.3
     scores = torch.tanh(scores / soft_cap) * soft_cap if soft_cap else scores
-    own = cpu_batch.own_scores(q, k, 0.3, soft_cap)
+    own = cpu_batch.least_lse(q, k, 0.3)
+    own = cpu_batch.soft_capped(own, soft_cap) if soft_cap else own
     torch.testing.assert_close(own.double(), scores.diagonal(dim1=0, dim2=2).t(), atol=0.05, rtol=0.01)
     lse = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1)[:, None], -torch.inf).logsumexp(-1)
     mass = log_mass(headwise_gamma(heads).double(), torch.arange(first, first + rows), 4096).t()
@@ -110,6 +111,18 @@ def test_a_head_that_is_left_out_would_not_have_changed(dtype: torch.dtype, soft
     new = remask(causal, lse.t().contiguous(), mass.t().contiguous())[0]
     assert all(torch.equal(new[head], causal[head]) for head in left_out)
     assert cpu_batch.heads_that_need_it(mass.float(), None, dtype) == [True] * heads
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_the_bound_of_the_log_sum_exp_is_one(scale: float) -> None:
+    rows, heads = 50, 8
+    q, k = torch.randn(rows, heads, 16), torch.randn(rows, 2, 16) + 1
+    scores = torch.einsum("qhd,khd->qhk", q, k.repeat_interleave(heads // 2, 1)) * scale
+    lse = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1)[:, None], -torch.inf).logsumexp(-1)
+    one, many = (cpu_batch.least_lse(q, k, scale, means) for means in (None, cpu_batch.mean_keys(k)))
+    assert (many <= lse + 1e-4 * lse.abs()).all()
+    assert (one <= many).all()
+    assert scale > 0.1 or (lse - many).max() < 0.5 < (lse - one).max()
 
 
 @pytest.mark.parametrize(("needed", "expected"), [([], None), ([5], (1, 2)), ([2, 5], (0, 2)), ([0, 11], (0, 3))])
