@@ -9,8 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import batching, forwards, keywords, layer_masks, masks, windows
-from sm_flex_transformers.interface import extends_its_mask, layer_of, name_of, tells_its_masks_positions
+from sm_flex_transformers import batching, forwards, keywords, layer_masks, layer_rows, packed_rows, windows
+from sm_flex_transformers.interface import name_of
 
 
 def stablemask_attention(
@@ -51,72 +51,29 @@ def stablemask_attention(
     forwards.note_call()
     _check(module, is_causal, kwargs)
     asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
-    unplaced = position_ids is None
-    if position_ids is not None and position_ids.dim() != 2:
-        if asked is not None:
-            raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
-        position_ids = None
-    num_queries, num_keys = query.shape[2], key.shape[2]
+    if asked is not None and position_ids is not None and position_ids.dim() != 2:
+        raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
     if batching.is_batched(kwargs):
         given = {**kwargs, "softcap": softcap}
-        mask = functools.partial(layer_masks.packed, asked, position_ids, query, num_keys, sink)
-        return batching.attend(module, query, key, value, mask, attention_mask, scaling, given), None
-    num_positions = num_queries if position_ids is None else position_ids.shape[1]
-    config: Any = module.config
-    ordered = not extends_its_mask(config.model_type)
-    if attention_mask is None and not ordered:
-        raise ValueError(f"{layer_of(module)} has keys behind the others and got no attention_mask that says who sees them")
-    if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
-        key, value = key[:, :, :num_positions], value[:, :, :num_positions]
-        num_keys = num_positions
-    seen = masks.read(attention_mask, position_ids, num_queries, num_keys, ordered)
-    bias = keywords.bias_on_scores(module, kwargs, seen.bias, query, num_keys, softcap)
-    if position_ids is None and asked is not None:
-        _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
-    if unplaced and asked is None:
-        _check_documents(module, seen, num_queries, num_keys)
-    positions, documents, visible = position_ids, None, seen.visible
-    if position_ids is not None:
-        if asked is not None:
-            positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
-        documents = masks.documents(seen, position_ids, num_queries, num_keys)
-    told = kwargs.get("cu_seq_lens_q")
-    if told is not None and len(told) > 2 and visible is None and documents is None:
-        raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
-    selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
-    window = windows.width(kwargs.get("sliding_window"), attention_mask, num_keys)
-    by_slot = bias is not None or selected is not None
-    if window is not None and documents is None and not by_slot and num_queries < num_keys:
-        key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
-        num_keys, window = key.shape[2], window if num_queries > 1 else None
-    if visible is None and not by_slot and softcap is None and dropout == 0.0 and num_queries > 1:
-        whole = documents is None or (documents.cu_seqlens is not None and num_queries == num_keys)
-        needed = window is not None or documents is not None or num_queries < num_keys
-        if needed and whole and windows.has_kernel(query):
-            mask = layer_masks.packed(asked, positions, query, num_keys, sink)
-            cu_seqlens = None if documents is None else documents.cu_seqlens
-            return windows.attend(query, key, value, mask, window, cu_seqlens, scaling), None
-    if documents is not None:
-        same = masks.same_document(documents, num_queries)
-        visible = same if visible is None else visible & same
-    if selected is not None:
-        keywords.check_selected_within(module, seen.visible, visible)
-        visible = selected if visible is None else visible & selected
-    if window is not None or (visible is None and 1 < num_queries < num_keys):
-        visible = windows.narrowed(visible, window, num_queries, num_keys, query.device)
+        make = functools.partial(layer_masks.packed, asked, position_ids, query, key.shape[2], sink)
+        return batching.attend(module, query, key, value, make, attention_mask, scaling, given), None
+    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, asked is not None, softcap, kwargs)
+    if softcap is None and dropout == 0.0 and packed_rows.serves(rows, query):
+        mask = layer_masks.packed(asked, rows.positions, query, rows.key.shape[2], sink)
+        return packed_rows.attend(query, rows, mask, scaling), None
+    key, value, visible, bias = rows.key, rows.value, layer_rows.visible(module, rows, query), rows.bias
     if asked is None and sink is None and softcap is None and bias is None:
         return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
-    if not ordered:
-        key, value, visible = windows.behind_all(key, value, visible, num_queries)
-        num_keys = key.shape[2]
-    allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, num_keys)
-    if asked is not None and sink is None and softcap is None and positions is position_ids:
+    if not rows.ordered:
+        key, value, visible = windows.behind_all(key, value, visible, query.shape[2])
+    allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, key.shape[2])
+    if asked is not None and sink is None and softcap is None and rows.positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
     else:
-        mask = layer_masks.make(asked, positions, query, num_keys, _soft_capping(softcap), sink)
+        mask = layer_masks.make(asked, rows.positions, query, key.shape[2], _soft_capping(softcap), sink)
     out = scaled_dot_product_attention(
         query, key, value,
-        attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and num_queries > 1, scale=scaling, enable_gqa=True,
+        attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and query.shape[2] > 1, scale=scaling, enable_gqa=True,
         score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
@@ -139,29 +96,6 @@ def _check(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) ->
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"{name} is causal and {type(module).__name__} is not: use another attn_implementation")
     keywords.check(module, kwargs)
-
-
-def _check_documents(module: Any, seen: masks.Seen, num_queries: int, num_keys: int) -> None:
-    """A layer that is handed no position_ids cannot keep packed documents apart: its mask must, where the model makes it so."""
-    given = forwards.given_positions(num_queries)
-    if given is None or given.dim() != 2 or not forwards.may_have_a_cache():
-        return
-    if not tells_its_masks_positions(module.config.model_type):
-        return  # packed documents mix in its own attention too
-    documents = masks.documents(seen, given, num_queries, num_keys)
-    if documents is not None:
-        same = masks.same_document(documents, num_queries)
-        keywords.check_told_of_documents(module, "is handed no position_ids", seen.visible, same)
-
-
-def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:
-    """Without position_ids only a plain call is served: the positions 0..S-1, no mask and no cache."""
-    if masked or forwards.lost_positions(num_queries):
-        raise ValueError(
-            f"{type(module).__name__} got no position_ids, and this call has a mask, a cache or positions of its own, so "
-            "stablemask cannot tell where its rows are: pass position_ids to the model. Where that does not help, the model does "
-            "not hand them to its attention, and only its plain calls are served"
-        )
 
 
 def _soft_capping(softcap: float | None) -> ScoreMod | None:

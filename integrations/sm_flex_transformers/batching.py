@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from packaging.version import parse
 from torch import Tensor
 from transformers import __version__
@@ -83,11 +82,8 @@ def attend(
     Raises:
         NotImplementedError: what the attention over packed rows does not take.
     """
-    types, layer, window = (
-        getattr(module.config, "layer_types", None),
-        getattr(module, "layer_idx", None),
-        given.get("sliding_window"),
-    )
+    types, layer = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    window = given.get("sliding_window")
     named = [name for name in UNTAKEN if given.get(name) is not None]
     if attention_mask is not None:
         named.append("attention_mask")
@@ -97,11 +93,10 @@ def attend(
         raise NotImplementedError(
             f"{layer_of(module)} has {', '.join(named)}, which continuous batching does not take: use generate()"
         )
-    dim, dim_v = query.shape[-1], value.shape[-1]
-    q, k, v = [F.pad(x[0].transpose(0, 1), (0, max(dim, dim_v) - x.shape[-1])) for x in (query, key, value)]
+    q, k, v = [x[0].transpose(0, 1) for x in (query, key, value)]
     cu_q, cu_k = [given[name].to(torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     out = varlen_attn(
-        q, k, v, cu_q, cu_k, given["max_length_q"], given["max_length_k"], scale=dim**-0.5 if scaling is None else scaling,
+        q, k, v, cu_q, cu_k, given["max_length_q"], given["max_length_k"], scale=scaling,
         window_size=(-1 if window is None else window - 1, 0), enable_gqa=True, score_mod=mask(),
     )  # fmt: skip
-    return out[None, ..., :dim_v].contiguous()
+    return out[None].contiguous()

@@ -1,4 +1,4 @@
-"""Calls that no mask is needed for: sliding windows, and packed rows, on the engines for packed documents.
+"""Sliding windows: which layers need no mask for theirs, and what a mask says where one is needed.
 
 Transformers' window W counts the query's own key. Dimension letters: B sequences, S queries, T keys.
 """
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sm_flex import StableMask, varlen_attn
 from sm_flex_transformers.interface import passes_its_window
 
 
@@ -55,40 +54,3 @@ def behind_all(key: Tensor, value: Tensor, allowed: Tensor | None, num_queries: 
     if allowed is not None:
         allowed = F.pad(allowed, (0, more), value=False if allowed.dtype == torch.bool else -torch.inf)
     return key, value, allowed
-
-
-def has_kernel(query: Tensor) -> bool:
-    """Whether there is more than the formula for packed documents."""
-    if query.device.type == "cuda":
-        return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
-    return query.device.type == "cpu"
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: StableMask,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """Causal attention (B, S, H, Dv) of queries at the end of their keys, within a window, or within documents.
-
-    mask: for the rows of all sequences one after another. cu_seqlens: of documents, where S = T.
-    """
-    batch, _, num_queries, dim = query.shape
-    num_keys, dim_v = key.shape[2], value.shape[3]
-    widest = max(dim, dim_v)  # the engines want one head dim: zeros add nothing to a score
-    q, k, v = [F.pad(x, (0, widest - x.shape[-1])).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    cu_q = cu_k = cu_seqlens
-    if cu_q is None:
-        rows = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-        cu_q = rows * num_queries
-        cu_k = cu_q if num_queries == num_keys else rows * num_keys
-    scale = dim**-0.5 if scale is None else scale
-    left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_q, cu_k, num_queries, num_keys, scale=scale, window_size=(left, 0), enable_gqa=True, score_mod=mask
-    )
-    return out.unflatten(0, (batch, num_queries))[..., :dim_v].contiguous()
