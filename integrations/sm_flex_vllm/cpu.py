@@ -165,8 +165,8 @@ class StableMaskCPUImpl(StableMaskLayer, CPUAttentionBackendImpl):
             rows = last - first
             whole = self.sliding_window == -1 or rows <= self.sliding_window
             # Soft capping changes each score by itself, so that their mean says nothing.
-            known = key is not None and self._own_keys_are_seen() and not self.logits_soft_cap
-            if known and whole and rows > cpu_batch.TILE_ROWS:
+            known = self._own_keys_are_seen() and not self.logits_soft_cap
+            if key is not None and known and whole and rows > cpu_batch.TILE_ROWS:
                 here = slice(run.first + first, run.first + last)
                 found[run.request + i] = (here.start, cpu_batch.mean_keys(key[here]))
         return found

@@ -60,6 +60,7 @@ class Settings:
         """(heads of the whole model, gamma, N) of a layer."""
         config = self._config
         asked = self._read(config, index, torch.device("cpu"))
+        assert asked is not None, "the plugin serves what has a config.stablemask"
         if getattr(config, "is_heterogeneous", False):
             config = config.per_layer_config[index]
         per_layer = getattr(config, "num_attention_heads_per_layer", None)

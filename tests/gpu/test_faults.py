@@ -42,7 +42,8 @@ def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fr
     compiled = torch.compile(run, dynamic=True, fullgraph=True)
     for rows in (131, 66):
         inputs, cu = leaves(rows), documents([rows // 2, rows - rows // 2], DEVICE)[0]
-        expected, actual = run(*inputs, cu), compiled(*inputs, cu)
+        q, k, v = inputs
+        expected, actual = run(q, k, v, cu), compiled(q, k, v, cu)
         torch.testing.assert_close(actual, expected, atol=2**-7, rtol=2**-7)
         grad = torch.randn_like(expected)
         for a, b in zip(*(torch.autograd.grad(x, inputs, grad) for x in (actual, expected)), strict=True):

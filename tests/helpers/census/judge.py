@@ -64,11 +64,6 @@ def _shows_later_keys() -> bool:
     return any(x.triu(x.shape[-1] - x.shape[-2] + 1).any() for x in seen)
 
 
-def _not_causal(by: str) -> bool:
-    mine = [call for call in RECORD.calls if type(call.module).__name__ == by]
-    return any(not call.keywords.get("is_causal", getattr(call.module, "is_causal", True)) for call in mine)
-
-
 def _several_axes() -> bool:
     return any(call.keywords["position_ids"].dim() != 2 for call in RECORD.calls if "position_ids" in call.keywords)
 
@@ -90,7 +85,6 @@ REFUSALS: list[tuple[str, str, Callable[[re.Match[str], Case], Any]]] = [
     ("a mask that shows later keys", r"the attention mask lets a query see a later key", lambda *_: _shows_later_keys()),
     ("asks for a bidirectional mask", r"(?:stablemask|sm_flex) is causal and this model asks for a bidirectional mask",
      lambda *_: RECORD.bidirectional),
-    ("a layer that is not causal", r"(?:stablemask|sm_flex) is causal and (\w+) is not", lambda said, _: _not_causal(said[1])),
 ]  # fmt: skip
 
 
