@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink
 from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.table import Mass, cached_table
-from sm_flex.runtime import HAS_TRITON, differentiable, readable, watched
+from sm_flex.runtime import HAS_TRITON, device_type, differentiable, readable, watched
 
 
 class ScoreMod(Protocol):
@@ -77,7 +77,7 @@ class StableMask:
         cu_seqlens = cu_seqlens if self.positions is None else None
         if self.sink is not None:
             sink = self._on(device, "sink", self.sink)
-        elif HAS_TRITON and device.type == "cuda" and dtype == torch.float32 and not differentiable(gamma):
+        elif HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
             return Mass(None, gamma, self.positions, cu_seqlens, length)
         return Mass(cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype))
 

@@ -116,7 +116,7 @@ class _Attend(torch.autograd.Function):
         needs_bias_grad = ctx.needs_input_grad[BIAS]
         dq, dk, dv, grads[BIAS] = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_bias_grad)
         if grad_lse is not None:
-            dq, dk, dv = [x[..., : q.shape[-1]] for x in (dq, dk, dv)]
+            dq, dk, dv = dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
         grads[Q], grads[K], grads[V] = dq, dk, dv
         return tuple(grads)
 

@@ -30,7 +30,8 @@ def real_share_and_lse(
 def times_share(out: Tensor, share: Tensor, lse: Tensor, *, may_be_masked: bool = True) -> Tensor:
     """s * out, and 0 in a fully masked row whatever out holds there: 0 * NaN would be NaN."""
     product = out * share.unsqueeze(-1).to(out.dtype)
-    return product.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0) if may_be_masked else product
+    # In place: out of place, masked_fill lays it out anew, and the backward of cuDNN counts on out's memory.
+    return product.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0) if may_be_masked else product
 
 
 def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:

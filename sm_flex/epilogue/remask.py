@@ -13,7 +13,7 @@ from torch import Tensor
 from sm_flex.checks.tensors import broadcasts
 from sm_flex.epilogue.formula import exp_difference, pseudo_share, real_share_and_lse, times_share
 from sm_flex.mass.table import Mass
-from sm_flex.runtime import HAS_TRITON, check_no_transform, watched
+from sm_flex.runtime import HAS_TRITON, check_no_transform, device_type, watched
 
 # Imported here and not where it is called, which may be traced.
 if HAS_TRITON:
@@ -104,7 +104,13 @@ def epilogue(
     """
     compiling = torch.compiler.is_compiling()
     in_place = in_place and (compiling or not watched())
-    if kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+    if (
+        kernel is not None
+        and device_type(out.device) == "cuda"
+        and out.numel()
+        and out.dtype != torch.float64
+        and lse.dtype == torch.float32
+    ):
         return kernel.launch(out, lse, mass, in_place=in_place)
     log_mass = mass.table(out.shape[-2], lse.dtype)
     share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse)

@@ -71,14 +71,15 @@ def fully_masked_rows(bias: Tensor, causal: bool) -> Tensor:
     return torch.cat([rows(start, min(start + step, num_queries)) for start in range(0, num_queries, step)], dim=-1)
 
 
-def banded_bias(first_slot: int, num_rows: int, num_keys: int, window: int, dtype: torch.dtype) -> Tensor:
+def banded_bias(first_slot: int, num_rows: int, num_keys: int, window: int, dtype: torch.dtype, right: int = 0) -> Tensor:
     """(1, 1, rows, keys) on the CPU, for rows at the slots from first_slot on.
 
-    A row sees the key of its own slot and the ``window`` keys before it, or all of them where window is -1.
+    A row sees the key of its own slot, the ``window`` keys before it and the ``right`` keys after it, or all
+    of them where that is -1.
     """
     slots = torch.arange(first_slot, first_slot + num_rows).unsqueeze(1)
     keys = torch.arange(num_keys)
-    seen = keys <= slots
+    seen = keys <= (num_keys if right == -1 else slots + right)
     if window != -1:
         seen = seen & (keys >= slots - window)
     return torch.zeros(1, 1, num_rows, num_keys, dtype=dtype).masked_fill_(~seen, -math.inf)

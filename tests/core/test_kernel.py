@@ -228,11 +228,11 @@ def test_opcheck_of_packed_documents_on_a_cpu():
 
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    for window in (-1, 2):
-        args = (q, k, v, cu, cu, window, 0.3)
+    for window, right in ((-1, 0), (2, 0), (2, 3), (-1, -1)):
+        args = (q, k, v, cu, cu, window, right, 0.3)
         torch.library.opcheck(torch.ops.sm_flex.varlen_cpu.default, args)
         out, lse = torch.ops.sm_flex.varlen_cpu(*args)
-        backward = (torch.randn_like(out), q, k, v, out, lse, cu, cu, window, 0.3)
+        backward = (torch.randn_like(out), q, k, v, out, lse, cu, cu, window, right, 0.3)
         torch.library.opcheck(torch.ops.sm_flex.varlen_cpu_backward.default, backward)
 
 

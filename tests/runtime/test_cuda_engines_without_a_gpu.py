@@ -118,50 +118,6 @@ class Operations(TorchDispatchMode):
         return result
 
 
-class EfficientBackwardSpy(TorchDispatchMode):
-    """Notes the `out` that the memory-efficient backward is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outs: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._scaled_dot_product_efficient_attention_backward.default:
-            self.outs.append(args[5])
-        return func(*args, **(kwargs or {}))
-
-
-@fake_cuda
-@pytest.mark.parametrize("lse_grad", [False, True])
-@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-@pytest.mark.parametrize(
-    ("num_queries", "masked"), [(37, False), (37, True), (5, True)], ids=["square", "masked", "chunk against a cache"]
-)
-def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
-    num_queries: int, masked: bool, layout: str, lse_grad: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """In half precision its kernel takes H * D for the stride of out's rows, whatever the tensor's strides say."""
-    monkeypatch.setattr(epilogue_module, "kernel", None)  # the epilogue in PyTorch, on fake tensors
-
-    def made(rows: int, heads: int) -> Tensor:
-        return fake(2, rows, heads, 64).transpose(1, 2) if layout == "BSHD" else fake(2, heads, rows, 64)
-
-    with FakeTensorMode(), torch.no_grad():
-        q, k, v = made(num_queries, 6), made(37, 3), made(37, 3)
-        bias = fake(1, 1, num_queries, 37) if masked else None
-        call = Call(q, k, v, bias, None, None, not masked, 0.1)
-        out, lse, state = autograd.forward("efficient", call, Mass(torch.empty(1, num_queries, device=CUDA)))
-        assert lse is not None
-        grad_out = torch.empty(2, 6, num_queries, 64, device=CUDA, dtype=q.dtype)
-        if lse_grad:
-            call, grad_out, out = autograd.widened(call, grad_out, out, torch.empty_like(lse))
-        with EfficientBackwardSpy() as spy:
-            autograd.KERNELS["efficient"].backward(call, grad_out, out, lse, state, masked)
-    (given,) = spy.outs
-    heads, dim = given.shape[1], given.shape[-1]
-    assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
-
-
 @fake_cuda
 @pytest.mark.skipif(not HAS_TRITON, reason="without Triton the epilogue is plain PyTorch")
 @pytest.mark.parametrize(("engine", "rows"), [("efficient", 37), ("cudnn", 37), ("efficient", 5), ("flash", 41)])

@@ -1,0 +1,122 @@
+"""What a model's config asks of its attention, and what is refused of it before the weights are read."""
+
+# pyright: reportMissingImports=false
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sm_flex_vllm import tables
+
+# What proposes draft tokens without attention of its own, and a model, which is read by its own config.
+DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
+
+class Layer(NamedTuple):
+    """gamma of this rank's heads, and N."""
+
+    gamma: tuple[float, ...]
+    length: int
+
+
+class Settings:
+    """The settings of a model's layers on this rank of its tensor parallel group.
+
+    Raises:
+        TypeError, ValueError: config.stablemask is wrong, in the words of the Transformers adapter, or its heads do not divide.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        from sm_flex_transformers import settings as reader
+
+        self._read = reader.read
+        self._rank, self._ranks = _tensor_parallel()
+        model = vllm_config.model_config
+        reader.hand_down_first(model.hf_config)
+        self._config = model.hf_text_config
+        self.num_layers = self._config.num_hidden_layers
+        drafts = vllm_config.speculative_config
+        self._size = model.max_model_len + (drafts.num_speculative_tokens or 0 if drafts else 0) + 1
+        self.total_heads = {self._asked(layer)[0] for layer in range(self.num_layers)}
+        self.lengths = {self._asked(layer)[2] for layer in range(self.num_layers)}
+
+    def layer(self, index: int, num_heads: int) -> Layer:
+        """A layer's gammas: those of all heads, of which this rank takes its own num_heads."""
+        total, gamma, length = self._asked(index)
+        if total != num_heads * self._ranks:
+            raise ValueError(
+                f"layer {index} has {total} query heads by the config, and vLLM serves {num_heads} on each of {self._ranks} "
+                "tensor parallel ranks: StableMask cannot tell which heads are whose"
+            )
+        first = self._rank * num_heads
+        return Layer(tuple(gamma.expand(total)[first : first + num_heads].tolist()), length)
+
+    def table(self, index: int, num_heads: int, device: torch.device) -> Tensor:
+        """log M of a layer, (P, num_heads). Layers of the same settings share it."""
+        return tables.table(*self.layer(index, num_heads), self._size, device)
+
+    def _asked(self, index: int) -> tuple[int, Tensor, int]:
+        """(heads of the whole model, gamma, N) of a layer."""
+        config = self._config
+        asked = self._read(config, index, torch.device("cpu"))
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[index]
+        per_layer = getattr(config, "num_attention_heads_per_layer", None)
+        return config.num_attention_heads if per_layer is None else per_layer[index], asked.gamma, asked.length
+
+    def __str__(self) -> str:
+        heads, lengths = (" to ".join(map(str, sorted({min(x), max(x)}))) for x in (self.total_heads, self.lengths))
+        return f"{heads} heads, N = {lengths}"
+
+
+def asks(model_config: Any) -> bool:
+    """Whether a model's config has stablemask, in the whole, in its text or in one of its layers."""
+    if model_config is None:
+        return False
+    configs = [model_config.hf_config, model_config.hf_text_config]
+    for config in tuple(configs):
+        if getattr(config, "is_heterogeneous", False):
+            configs += config.per_layer_config
+    return any(getattr(config, "__dict__", {}).get("stablemask") is not None for config in configs)
+
+
+def check(vllm_config: Any, attn_type: str, alibi_slopes: Any) -> None:
+    """Refuses what StableMask cannot do right in vLLM. Called for each layer when the model is built.
+
+    Raises:
+        NotImplementedError: naming what was asked for, and why it is refused.
+    """
+    model, parallel, drafts = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    method = drafts.method if drafts else None
+    refusals = {
+        "an encoder or cross-attention: a StableMask is causal": attn_type != "decoder" or model.is_encoder_decoder,
+        "latent attention (MLA): its backends do not serve it": model.use_mla,
+        "positions of several axes (M-RoPE): the mass needs one position a token": model.uses_mrope
+        or getattr(model, "uses_xdrope_dim", 0),
+        "a prefix or an image that is seen whole (prefix-LM): a StableMask is causal": model.is_mm_prefix_lm,
+        "attention without a causal mask (use_non_causal)": vllm_config.attention_config.use_non_causal,
+        "attention in chunks of the sequence (attention_chunk_size): vLLM does not say where its rows are": _chunked(model),
+        "a window beside a prefix (R-SWA)": model.rswa_window is not None,
+        "context parallelism: a rank has a part of the keys, and vLLM merges the parts after the mass would be added": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "kv_sharing_fast_prefill: it leaves rows out, and vLLM does not say where the others are": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        f"speculative decoding by {method}: its attention has no settings of its own": method not in (None, *DRAFTS),
+        "ALiBi: no adapter trains a model with both": alibi_slopes is not None,
+    }
+    for what, asked in refusals.items():
+        if asked:
+            raise NotImplementedError(f"config.stablemask is set, and StableMask does not serve {what}")
+
+
+def _chunked(model_config: Any) -> bool:
+    return model_config.attention_chunk_size is not None
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
