@@ -39,7 +39,7 @@ def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fr
             return varlen_attn(*args, window_size=(-1, 0), score_mod=mask)  # pyright: ignore[reportReturnType]
         return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": backend})  # pyright: ignore
 
-    compiled = torch.compile(run, dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile(run, dynamic=True, fullgraph=True)
     for rows in (131, 66):
         inputs, cu = leaves(rows), documents([rows // 2, rows - rows // 2], DEVICE)[0]
         q, k, v = inputs
