@@ -27,6 +27,7 @@ def leaves(rows: int) -> list[Tensor]:
     return [x.requires_grad_() for x in qkv(2, 6, 6, rows, rows, 64, BF16, DEVICE)]
 
 
+@pytest.mark.card("the compiler's code for CUDA")
 @pytest.mark.parametrize("backend", [*BACKENDS, "varlen"])
 def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fresh_compiler: None):
     """The compile did not end where the head dim was a symbol."""
@@ -39,11 +40,11 @@ def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fr
             return varlen_attn(*args, window_size=(-1, 0), score_mod=mask)  # pyright: ignore[reportReturnType]
         return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": backend})  # pyright: ignore
 
-    compiled: Any = torch.compile(run, dynamic=True, fullgraph=True)
+    compiled = torch.compile(run, dynamic=True, fullgraph=True)
     for rows in (131, 66):
-        inputs, cu = leaves(rows), documents([rows // 2, rows - rows // 2], DEVICE)[0]
-        q, k, v = inputs
-        expected, actual = run(q, k, v, cu), compiled(q, k, v, cu)
+        inputs = leaves(rows)
+        arguments = [*inputs, documents([rows // 2, rows - rows // 2], DEVICE)[0]]
+        expected, actual = run(*arguments), compiled(*arguments)
         torch.testing.assert_close(actual, expected, atol=2**-7, rtol=2**-7)
         grad = torch.randn_like(expected)
         for a, b in zip(*(torch.autograd.grad(x, inputs, grad) for x in (actual, expected)), strict=True):
@@ -55,6 +56,7 @@ def number_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": "FLASH_ATTENTION"})  # pyright: ignore
 
 
+@pytest.mark.card("synchronisations of CUDA")
 def test_a_number_made_a_mask_in_the_call_waits_for_nothing():
     inputs = leaves(131)
     grad_out = torch.randn_like(number_inside(*inputs))
@@ -68,6 +70,7 @@ def test_a_number_made_a_mask_in_the_call_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.card("CUDA graphs")
 def test_a_number_made_a_mask_in_the_call_is_recorded_by_a_cuda_graph():
     inputs = [x.detach() for x in leaves(131)]
     stream = torch.cuda.Stream()
@@ -85,6 +88,7 @@ def test_a_number_made_a_mask_in_the_call_is_recorded_by_a_cuda_graph():
     torch.testing.assert_close(out, number_inside(*inputs))
 
 
+@pytest.mark.card("torch's own function takes other ops on a CPU")
 @pytest.mark.parametrize("plain_first", [True, False])
 def test_masked_cudnn_beside_plain_masked_attention(plain_first: bool):
     """cuDNN keeps its graphs by the shape of a call: out must lie as in torch's own, or one of the two gets the other's."""
@@ -116,6 +120,7 @@ def test_masked_cudnn_beside_plain_masked_attention(plain_first: bool):
         torch.testing.assert_close(actual.double(), reference, atol=2**-5, rtol=2**-5)
 
 
+@pytest.mark.card("65,536 programs")
 def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     """2^20 rows at head_dim 256 are 65,536 tiles, one more than CUDA takes there."""
     pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
@@ -129,6 +134,7 @@ def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     torch.testing.assert_close(new_lse, torch.full_like(lse, 2.0).log())
 
 
+@pytest.mark.card("the bounds of documents are checked on a CPU")
 def test_rows_after_the_last_document_leave_the_gradient_of_gamma_alone():
     cu = torch.tensor([0, 60, 100], dtype=torch.int32, device=DEVICE)
 

@@ -5,7 +5,7 @@ allocates, reads the memory that the kernel reads (not what the strides of a ten
 what it pads, refuses what it refuses, and leaves NaN in all that the kernel leaves uninitialised. The arithmetic is that of
 attention, plain and slow.
 
-    contract.py    what each op takes for granted of its arguments' metadata, with its source; alone in spy.py
+    contract.py    what each op takes for granted of its arguments' metadata, with its source (needs.py: what they share)
     flash.py, cudnn.py, efficient.py    the ops
     choice.py      which of them torch's scaled_dot_product_attention would take
     spy.py         the contract on fake CUDA tensors

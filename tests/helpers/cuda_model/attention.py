@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.helpers.cuda_model.contract import HALF, ContractError
+from tests.helpers.cuda_model.needs import HALF, ContractError
 
 
 class Scores(NamedTuple):

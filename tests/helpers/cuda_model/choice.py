@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from tests.helpers.cuda_model.contract import HALF
+from tests.helpers.cuda_model.needs import HALF
 
 ERROR = -1
 # _fused_sdp_choice goes through them in this order on Hopper and Blackwell.

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-LSE_ALIGNMENT = 32  # kernel_forward.h: kAlignLSE
-
-
-class ContractError(AssertionError):
-    """A call that the kernel would refuse, or would read other memory for than the caller means."""
-
-
-def need(holds: bool, what: str) -> None:
-    if not holds:
-        raise ContractError(what)
+from tests.helpers.cuda_model.needs import (
+    HALF,
+    LSE_ALIGNMENT,
+    aligned,
+    flash_inputs,
+    flash_state,
+    inputs,
+    like,
+    need,
+    packed_inputs,
+    raw_lse,
+    scalar_state,
+)
 
 
 def flash_forward(
@@ -37,7 +39,7 @@ def flash_forward(
     *,
     scale: float | None = None,
 ) -> None:
-    _flash_inputs("flash", query, key, value)
+    flash_inputs("flash", query, key, value)
     need(query.dim() == key.dim() == value.dim() == 4, "flash: q, k and v have four dimensions")
     need(key.shape == value.shape and query.shape[0] == key.shape[0], "flash: k like v, one batch size")
     need(query.shape[1] % key.shape[1] == 0, "flash: query heads are a multiple of key heads")  # flash_api.cpp, mha_fwd
@@ -64,9 +66,9 @@ def flash_backward(
     flash_forward(query, key, value)
     need(cum_seq_q is None and cum_seq_k is None, "flash: a dense call has no cum_seq")
     need((max_q, max_k) == (query.shape[2], key.shape[2]), "flash: max_q and max_k are the lengths")
-    _like("flash", query.shape, query.dtype, out=out, grad_out=grad_out)  # flash_api.cpp: CHECK_SHAPE; both are copied
-    _raw_lse("flash", logsumexp, query.shape[:3])  # flash_api.cpp, mha_bwd: softmax_lse.data_ptr() of (B, H, S)
-    _flash_state("flash", philox_seed, philox_offset)
+    like("flash", query.shape, query.dtype, out=out, grad_out=grad_out)  # flash_api.cpp: CHECK_SHAPE; both are copied
+    raw_lse("flash", logsumexp, query.shape[:3])  # flash_api.cpp, mha_bwd: softmax_lse.data_ptr() of (B, H, S)
+    flash_state("flash", philox_seed, philox_offset)
 
 
 def packed_forward(
@@ -89,7 +91,7 @@ def packed_forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> None:
-    _packed_inputs(query, key, value, cum_seq_q, cum_seq_k)
+    packed_inputs(query, key, value, cum_seq_q, cum_seq_k)
 
 
 def packed_backward(
@@ -112,10 +114,10 @@ def packed_backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> None:
-    _packed_inputs(query, key, value, cum_seq_q, cum_seq_k)
+    packed_inputs(query, key, value, cum_seq_q, cum_seq_k)
     # attention_backward.cu, _flash_attention_backward: out and grad_out are made contiguous, so any strides will do.
-    _like("packed flash", query.shape, query.dtype, out=out, grad_out=grad_out)
-    _raw_lse("packed flash", logsumexp, (query.shape[1], query.shape[0]))  # mha_varlen_bwd: h x total_q, unpadded_lse
+    like("packed flash", query.shape, query.dtype, out=out, grad_out=grad_out)
+    raw_lse("packed flash", logsumexp, (query.shape[1], query.shape[0]))  # mha_varlen_bwd: h x total_q, unpadded_lse
     need(rng_state.shape == (2,) and rng_state.dtype == torch.uint64, "packed flash: rng_state is seed and offset, uint64")
 
 
@@ -131,7 +133,7 @@ def cudnn_forward(
     *,
     scale: float | None = None,
 ) -> None:
-    _inputs("cudnn", query, key, value, HALF)
+    inputs("cudnn", query, key, value, HALF)
     # cuda/sdp_utils.cpp, check_cudnn_tensor_shapes: multiples of 8 up to 128 on every card, and more than one key.
     need(query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0, "cudnn: head dims are multiples of 8")
     need(max(query.shape[-1], value.shape[-1]) <= 128, "cudnn: head dims up to 128")
@@ -169,11 +171,11 @@ def cudnn_backward(
     cudnn_forward(query, key, value, attn_bias, True, dropout_p, is_causal)
     need(cum_seq_q is None and cum_seq_k is None, "cudnn: a dense call has no cum_seq")
     need((max_q, max_k) == (query.shape[2], key.shape[2]), "cudnn: max_q and max_k are the lengths")
-    _like("cudnn", (*query.shape[:3], value.shape[-1]), query.dtype, out=out, grad_out=grad_out)
+    like("cudnn", (*query.shape[:3], value.shape[-1]), query.dtype, out=out, grad_out=grad_out)
     need(out.stride(-1) == 1, "cudnn: dense rows of out")
     # torch/_meta_registrations.py: the statistics have a last dimension of 1 (from torch 2.9 on).
-    _raw_lse("cudnn", logsumexp, (*query.shape[:3], 1))
-    _scalar_state("cudnn", philox_seed, philox_offset)
+    raw_lse("cudnn", logsumexp, (*query.shape[:3], 1))
+    scalar_state("cudnn", philox_seed, philox_offset)
 
 
 def efficient_forward(
@@ -187,7 +189,7 @@ def efficient_forward(
     *,
     scale: float | None = None,
 ) -> None:
-    _inputs("efficient", query, key, value, (*HALF, torch.float32))
+    inputs("efficient", query, key, value, (*HALF, torch.float32))
     # attention_backward.cu: TORCH_CHECK(query.size(2) == key.size(2)), and the same of value.
     need(query.shape[1] == key.shape[1] == value.shape[1], "efficient: k and v have as many heads as q")
     need(compute_log_sumexp, "efficient: without compute_log_sumexp there is no lse")
@@ -196,14 +198,14 @@ def efficient_forward(
     for name, x in (("q", query), ("k", key), ("v", value)):
         need(x.shape[-1] % alignment == 0, f"efficient: the head dim of {name} is a multiple of {alignment}")
         need(int(x.storage_offset()) % alignment == 0, f"efficient: {name} starts at 16 bytes")
-        _aligned("efficient", name, x, alignment)  # kernel_forward.h, check_supported
+        aligned("efficient", name, x, alignment)  # kernel_forward.h, check_supported
     if attn_bias is not None:
         shape = (*query.shape[:3], key.shape[2])
         # attention_backward.cu: "invalid dtype for bias", "wrong shape", "last dimension must be contiguous".
         need(attn_bias.dtype == query.dtype, f"efficient: bias of q's dtype, got {attn_bias.dtype}")
         need(attn_bias.shape == shape, f"efficient: bias {shape}, expanded, got {tuple(attn_bias.shape)}")
         need(attn_bias.stride(-1) == 1, "efficient: dense rows of the bias")
-        _aligned("efficient", "attn_bias", attn_bias, alignment)  # kernel_forward.h: "attn_bias is not correctly aligned"
+        aligned("efficient", "attn_bias", attn_bias, alignment)  # kernel_forward.h: "attn_bias is not correctly aligned"
 
 
 def efficient_backward(
@@ -224,7 +226,7 @@ def efficient_backward(
 ) -> None:
     efficient_forward(query, key, value, attn_bias, True, dropout_p, is_causal)
     batch, heads, rows = query.shape[:3]
-    _like("efficient", (batch, heads, rows, value.shape[-1]), query.dtype, out=out, grad_out=grad_out_)
+    like("efficient", (batch, heads, rows, value.shape[-1]), query.dtype, out=out, grad_out=grad_out_)
     if query.dtype in HALF and rows > 1:
         # kernel_backward.h: o_strideM() is head_dim_value * num_heads, and kKernelComputesDelta reads out where kIsHalf.
         row = heads * value.shape[-1]
@@ -235,14 +237,14 @@ def efficient_backward(
     need(logsumexp.dtype == torch.float32, "efficient: lse is float32")
     need(logsumexp.shape == shape, f"efficient: lse padded to {LSE_ALIGNMENT} rows, {shape}, got {tuple(logsumexp.shape)}")
     need(logsumexp.stride(-1) == 1, "efficient: dense rows of lse")
-    _aligned("efficient", "lse", logsumexp, 8)  # kernel_backward.h: "LSE is not correctly aligned"
+    aligned("efficient", "lse", logsumexp, 8)  # kernel_backward.h: "LSE is not correctly aligned"
     need(attn_bias is not None or not grad_input_mask[3], "efficient: no gradient of a bias that is not there")
-    _scalar_state("efficient", philox_seed, philox_offset)
+    scalar_state("efficient", philox_seed, philox_offset)
 
 
 def varlen_forward(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, *_: Any, **__: Any) -> None:
     """torch_attn::_varlen_attn, whose flash branch hands these on (torch/nn/attention/varlen.py)."""
-    _packed_inputs(query, key, value, cu_seq_q, cu_seq_k)
+    packed_inputs(query, key, value, cu_seq_q, cu_seq_k)
 
 
 def varlen_backward(
@@ -277,61 +279,3 @@ CONTRACTS: dict[Any, Callable[..., None]] = {
     _VARLEN._varlen_attn.default: varlen_forward,
     _VARLEN._varlen_attn_backward.default: varlen_backward,
 }
-
-
-def _inputs(op: str, query: Tensor, key: Tensor, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    need(query.dtype in dtypes, f"{op}: dtype {query.dtype}")
-    for name, x in (("q", query), ("k", key), ("v", value)):
-        need(x.dtype == query.dtype, f"{op}: {name} of q's dtype, got {x.dtype}")
-        need(x.stride(-1) == 1, f"{op}: dense rows of {name}, got {x.stride()}")  # "must have contiguous last dimension"
-    need(query.shape[-1] == key.shape[-1], f"{op}: q and k of one head dim")
-
-
-def _flash_inputs(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    _inputs(op, query, key, value, HALF)
-    # flash_api.cpp, mha_fwd: head_size % 8 == 0 and <= 256; attention.cu pads in the composite function, not in this op.
-    dims = {x.shape[-1] for x in (query, key, value)}
-    need(len(dims) == 1 and max(dims) % 8 == 0 and max(dims) <= 256, f"{op}: one head dim, a multiple of 8 up to 256: {dims}")
-    for name, x in (("q", query), ("k", key), ("v", value)):
-        _aligned(op, name, x, 8)  # kernel_traits.h: kGmemElemsPerLoad, 16 bytes a load
-
-
-def _packed_inputs(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
-    _flash_inputs("packed flash", query, key, value)
-    need(query.dim() == key.dim() == value.dim() == 3, "packed flash: q, k and v have three dimensions")
-    need(key.shape == value.shape and query.shape[1] % key.shape[1] == 0, "packed flash: heads")
-    for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
-        need(cu.dtype == torch.int32, f"packed flash: {name} is int32")  # flash_api.cpp: "must have dtype int32"
-        need(bool(cu.dim() == 1 and cu.is_contiguous()), f"packed flash: {name} is contiguous")  # CHECK_CONTIGUOUS
-    need(cu_q.shape == cu_k.shape, "packed flash: as many documents of keys as of queries")
-
-
-def _aligned(op: str, name: str, x: Tensor, alignment: int) -> None:
-    """The stride of every dimension that is walked, but the last, is a multiple of alignment."""
-    strides = [stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    need(all(s % alignment == 0 for s in strides), f"{op}: {name} has strides {x.stride()}, not multiples of {alignment}")
-
-
-def _like(op: str, shape: Sequence[int], dtype: torch.dtype, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        need(tuple(x.shape) == tuple(shape), f"{op}: {name} {tuple(shape)}, got {tuple(x.shape)}")
-        need(x.dtype == dtype, f"{op}: {name} of q's dtype, got {x.dtype}")
-
-
-def _raw_lse(op: str, lse: Tensor, shape: Sequence[int]) -> None:
-    """Read by its pointer alone, as if contiguous."""
-    need(lse.dtype == torch.float32, f"{op}: lse is float32, got {lse.dtype}")
-    need(tuple(lse.shape) == tuple(shape), f"{op}: lse {tuple(shape)}, got {tuple(lse.shape)}")
-    need(bool(lse.is_contiguous()), f"{op}: contiguous lse, got strides {lse.stride()}")
-
-
-def _flash_state(op: str, seed: Tensor, offset: Tensor) -> None:
-    """mha_fwd returns rng_state (2,), seed and offset in one, and an unused 0-d tensor beside it."""
-    need(seed.shape == (2,) and seed.dtype == torch.uint64, f"{op}: philox_seed is the rng_state (2,), got {tuple(seed.shape)}")
-    need(offset.shape == (), f"{op}: philox_offset is the unused tensor, got {tuple(offset.shape)}")
-
-
-def _scalar_state(op: str, seed: Tensor, offset: Tensor) -> None:
-    """attention.cu: two 0-d int64 tensors, which metadata cannot tell from each other."""
-    for x in (seed, offset):
-        need(x.shape == () and x.dtype == torch.int64, f"{op}: philox_seed and philox_offset are 0-d int64, got {tuple(x.shape)}")

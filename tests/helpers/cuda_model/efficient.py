@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.helpers.cuda_model import contract
 from tests.helpers.cuda_model.attention import Dropout, Scores, backward, drawn, forward, memory_of, row_sums, top_left
+from tests.helpers.cuda_model.needs import HALF, LSE_ALIGNMENT, need
 
 BIAS_ALIGNMENT = 16  # attention_backward.cu: alignTo
 
@@ -35,7 +36,7 @@ def sdpa(
     out = _in_bshd_memory(batch, heads, rows, value.shape[-1], query.dtype)
     out.copy_(new_out.masked_fill(masked.unsqueeze(-1), math.nan))
     # kernel_forward.h: rows from num_queries to lse_dim are +inf.
-    lse = torch.full((batch, heads, -(-rows // contract.LSE_ALIGNMENT) * contract.LSE_ALIGNMENT), math.inf)
+    lse = torch.full((batch, heads, -(-rows // LSE_ALIGNMENT) * LSE_ALIGNMENT), math.inf)
     lse[..., :rows] = new_lse.masked_fill(masked, 0.0)
     return out, lse, torch.tensor(seed), torch.tensor(offset)
 
@@ -61,11 +62,11 @@ def sdpa_backward(
     batch, heads, rows, dim = out.shape
     # attention_backward.cu: grad_out.contiguous() in (B, S, H, D). kernel_backward.h: out by the strides of its batch and
     # heads alone in half precision; in float32 PyTorch computes delta.
-    if query.dtype in contract.HALF:
+    if query.dtype in HALF:
         out = memory_of(out, (batch, heads, rows, dim), (out.stride(0), out.stride(1), heads * dim, 1), "efficient: out")
     padded = logsumexp.shape[-1]
     whole = memory_of(logsumexp, (batch, heads, padded), (*logsumexp.stride()[:2], 1), "efficient: lse")
-    contract.need(bool((whole[..., rows:] == math.inf).all()), "efficient: lse is padded with +inf")
+    need(bool((whole[..., rows:] == math.inf).all()), "efficient: lse is padded with +inf")
     delta, dropout = row_sums(out, grad_out_), Dropout(dropout_p, int(philox_seed), int(philox_offset))
     scores = _scores(query, key, attn_bias, is_causal, scale)
     *grads, ds = backward(scores, value, grad_out_, delta, whole[..., :rows], dropout)

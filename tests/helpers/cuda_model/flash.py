@@ -25,6 +25,7 @@ from tests.helpers.cuda_model.attention import (
     summed,
     uninitialised,
 )
+from tests.helpers.cuda_model.needs import need
 
 NO_DROPOUT = Dropout(0.0, 0, 0)
 
@@ -100,7 +101,7 @@ def packed(
 ) -> tuple[Tensor, ...]:
     ends = (cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
     contract.packed_forward(query, key, value, *ends, return_debug_mask)
-    contract.need(seqused_k is None and block_table is None and alibi_slopes is None, "the model has no paged cache")
+    need(seqused_k is None and block_table is None and alibi_slopes is None, "the model has no paged cache")
     # mha_varlen_fwd: both are empty, so that rows beyond the last document are not written.
     out, lse = uninitialised(query), torch.full((query.shape[1], query.shape[0]), math.nan)
     for rows, keys in _documents(cum_seq_q, cum_seq_k, max_q, max_k):
@@ -159,7 +160,7 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 def _documents(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Iterator[tuple[slice, slice]]:
     for (first, end), (first_key, end_key) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        contract.need(end - first <= max_q and end_key - first_key <= max_k, "a document is longer than max_q or max_k")
+        need(end - first <= max_q and end_key - first_key <= max_k, "a document is longer than max_q or max_k")
         yield slice(first, end), slice(first_key, end_key)
 
 

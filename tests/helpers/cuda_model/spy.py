@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sm_flex.engines import autograd
 from sm_flex.epilogue import remask
 from tests.helpers.cuda_model import choice
-from tests.helpers.cuda_model.contract import CONTRACTS, need
+from tests.helpers.cuda_model.contract import CONTRACTS
+from tests.helpers.cuda_model.needs import need
 
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
