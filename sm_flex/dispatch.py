@@ -101,13 +101,17 @@ def attend_packed(
     window: int,
     paged: dict[str, Any],
     return_lse: bool,
+    right: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents."""
+    """out' (1, H, T_q, D), and lse' (1, H, T_q) if wanted, of packed documents.
+
+    window, right: how many keys before and after its own a query sees, -1 for all.
+    """
     scale = score_scale(scale, q.shape[-1])
     # Under torch.compile the values of cu_seqlens were not checked: rows after the last document may exist,
     # and see nothing.
     may_be_masked = cu_q is not cu_k or torch.compiler.is_compiling()
-    options: Any = {"may_be_masked": may_be_masked, "window": window, "max_q": max_q, "max_k": max_k}
+    options: Any = {"may_be_masked": may_be_masked, "window": window, "right": right, "max_q": max_q, "max_k": max_k}
     call = Call(q, k, v, None, cu_q, cu_k, causal=True, scale=scale, **options)
     with no_autocast(q.device):
         mass = mask.mass(q.device, q.shape[0], k.shape[0], score_dtype(q), cu_q)
@@ -118,6 +122,6 @@ def attend_packed(
         engine = choose.choose(Need(q, k, v, lse_grad=return_lse and torch.is_grad_enabled(), packed=True))
         if engine != "dense":
             return autograd.attend(engine, call, mass, return_lse=return_lse)
-        visible = document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window)
+        visible = document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window, right)
         q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
         return dense.attend(q, k, v, mass.table(q.shape[2], score_dtype(q)), visible, scale=scale, aligned=False)

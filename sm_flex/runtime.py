@@ -28,6 +28,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 BEFORE_2_13, BEFORE_2_14 = torch.__version__ < "2.13", torch.__version__ < "2.14"
 # A CPU build of torch comes without Triton, and ROCm has never been tried.
 HAS_TRITON = torch.version.cuda is not None and find_spec("triton") is not None
+# The type of the devices that the CUDA kernels serve. Where there is no GPU, tests put a model of the kernels on
+# another.
+KERNEL_DEVICE = "cuda"
 
 vmap_bhqkv = _vmap_for_bhqkv
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention
@@ -40,6 +43,11 @@ cpu_flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 varlen_op = torch.ops.torch_attn._varlen_attn
 varlen_backward_op = torch.ops.torch_attn._varlen_attn_backward
+
+
+def device_type(device: torch.device) -> str:
+    """The type of the device, "cuda" where the CUDA kernels serve it: the one place that is asked which they serve."""
+    return "cuda" if device.type == KERNEL_DEVICE else device.type
 
 
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:

@@ -5,11 +5,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink
 from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.table import Mass, cached_table
-from sm_flex.runtime import HAS_TRITON, differentiable, watched
+from sm_flex.runtime import HAS_TRITON, device_type, differentiable, readable, watched
 
 
 class ScoreMod(Protocol):
@@ -76,7 +77,7 @@ class StableMask:
         cu_seqlens = cu_seqlens if self.positions is None else None
         if self.sink is not None:
             sink = self._on(device, "sink", self.sink)
-        elif HAS_TRITON and device.type == "cuda" and dtype == torch.float32 and not differentiable(gamma):
+        elif HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
             return Mass(None, gamma, self.positions, cu_seqlens, length)
         return Mass(cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype))
 
@@ -87,7 +88,7 @@ class StableMask:
         return largest_pseudo_score(self._on(device, "gamma", self.gamma).float(), positions, length)
 
     def _on(self, device: torch.device, name: str, x: Tensor) -> Tensor:
-        """gamma or sink on the device of the call. A number is copied once, and later calls find the copy."""
+        """gamma or sink on the device of the call. A number goes there once, and later calls find it there."""
         if x.device == device:
             return x
         if torch.compiler.is_compiling() or x.requires_grad or watched():
@@ -170,4 +171,11 @@ def stablemask(
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
     # Some devices (MPS) have no float64; log M is float32 there.
-    return x.to(device) if device.type in ("cpu", "cuda") else x.to(device, torch.float32)
+    dtype = x.dtype if device.type in ("cpu", "cuda") else torch.float32
+    if x.dim() or x.requires_grad or x.device.type != "cpu":
+        return x.to(device, dtype)
+    # A copy from the host would wait for the device, and no CUDA graph can record it. A fill does not, nor does
+    # an operand of 0 dimensions, whose value the kernel is given.
+    if readable(x) and get_proxy_mode() is None:
+        return torch.full((), x.item(), dtype=dtype, device=device)
+    return torch.zeros((), dtype=dtype, device=device) + x

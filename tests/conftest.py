@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the programs that tests start
@@ -49,10 +50,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if IS_WORKER or getattr(option, "numprocesses", 0) is not None or option.dist != "no":
         return
     option.numprocesses = workers(config)
-    option.dist = "loadfile" if option.numprocesses else "no"
+    # The gpu tests on the model take as long as their file is, and few files there are long.
+    split = "worksteal" if "cuda_model" in option.markexpr else "loadfile"
+    option.dist = split if option.numprocesses else "no"
     option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "census" not in config.option.markexpr:  # minutes long: only where it is asked for by name
         left_out = [item for item in items if item.get_closest_marker("census")]
@@ -62,20 +66,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: [name not in item.path.parts for name in LONGEST_FIRST])
     if torch.cuda.is_available():
         return
+    on_model = "cuda_model" in config.option.markexpr
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" not in item.keywords:
+            continue
+        item.add_marker("cuda_model")
+        card = item.get_closest_marker("card")
+        if not on_model:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif card is not None:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {card.args[0]}"))
+        # Triton's interpreter computes both sides of a where() in numpy, which warns of inf - inf.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What came of the census: the tests' reports carry it, so that it arrives from the workers of pytest-xdist too."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    found = dict(value for report in reports for name, value in report.user_properties if name == "census")
-    if found:
+    found: dict[str, dict[str, Any]] = {}
+    for attention, model_type, outcomes in [x for report in reports for name, x in report.user_properties if name == "census"]:
+        found.setdefault(attention, {})[model_type] = outcomes
+    for attention, outcomes in found.items():
         from tests.helpers.census.report import lines, revive
 
-        terminalreporter.section("census")
-        for line in lines(revive(found)):
+        terminalreporter.section(f"census of {attention}")
+        for line in lines(revive(outcomes)):
             terminalreporter.write_line(line)
 
 
@@ -90,6 +105,40 @@ def _nothing_deprecated(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     logged = [record.getMessage() for record in caplog.get_records("call") if record.name.startswith("transformers")]
     assert not [message for message in logged if "deprecated" in message]
+
+
+@pytest.fixture
+def cuda_model() -> Iterator[None]:
+    """CPU tensors take the CUDA paths, down to a model of the ops (tests/helpers/cuda_model)."""
+    from tests.helpers.cuda_model import installed
+
+    with installed():
+        yield
+
+
+@pytest.fixture
+def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: all rows of a head in one tile, since Triton's interpreter takes 40 ms for one of any size."""
+    if not torch.cuda.is_available() and find_spec("triton"):
+        from sm_flex.epilogue import kernel
+
+        monkeypatch.setattr(kernel, "TILE_BYTES", 2**20)
+        monkeypatch.setattr(kernel, "MAX_ROWS", 512)
+
+
+@pytest.fixture
+def plain_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the formula in PyTorch, where the kernel takes too long in the interpreter, or cannot run there."""
+    if not torch.cuda.is_available():
+        from sm_flex.epilogue import remask
+
+        monkeypatch.setattr(remask, "kernel", None)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_model_without_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda_model"):
+        request.getfixturevalue("cuda_model")
 
 
 @pytest.fixture

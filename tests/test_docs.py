@@ -14,7 +14,7 @@ import torch
 
 import sm_flex
 import sm_flex.testing
-from sm_flex import diagnostics
+from sm_flex import diagnostics, flash_attn
 
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -151,6 +151,7 @@ def test_the_notebook_runs_and_prints_what_it_shows(monkeypatch: pytest.MonkeyPa
 def public_names() -> dict[str, Any]:
     found = {f"sm_flex.{name}": getattr(sm_flex, name) for name in sm_flex.__all__}
     found |= {f"sm_flex.testing.{name}": getattr(sm_flex.testing, name) for name in sm_flex.testing.__all__}
+    found |= {f"sm_flex.flash_attn.{name}": getattr(flash_attn, name) for name in flash_attn.__all__}
     for name, function in inspect.getmembers(diagnostics, inspect.isfunction):
         if function.__module__ == diagnostics.__name__ and not name.startswith("_"):
             found[f"sm_flex.diagnostics.{name}"] = function

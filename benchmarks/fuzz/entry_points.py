@@ -114,7 +114,7 @@ def varlen(
     sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch packed into one row, a document for each of its rows, or for each that the mask has."""
-    batch, heads, num_queries, dim = q.shape
+    batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
     starts, window = [0], -1
     if visible is not None:
@@ -131,12 +131,12 @@ def varlen(
         restart = torch.cat([torch.arange(n) for n in cu.diff().tolist()]).to(q.device)
         if num_queries == num_keys and torch.equal(positions, restart):
             positions = None  # varlen_attn restarts them by itself
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     out, lse = varlen_attn(
         q, k, v, cu_q, cu_k, num_queries, num_keys, window_size=(window, 0), scale=scale, enable_gqa=True,
         return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions, sink=sink),
     )  # fmt: skip
-    return out.reshape(batch, num_queries, heads, dim).transpose(1, 2), lse.reshape(heads, batch, num_queries).transpose(0, 1)
+    return out.unflatten(0, (batch, num_queries)).transpose(1, 2), lse.reshape(heads, batch, num_queries).transpose(0, 1)
 
 
 def remask_over_softmax(

@@ -13,15 +13,18 @@ from sm_flex_torchtitan.versions import check_versions
 
 PROG = "python -m sm_flex_torchtitan.train"
 OURS = "sm_flex_torchtitan.overrides"
-FLAGS = ("--attn", "--attn.gamma", "--attn.length")
+FLAGS = ("--attn", "--attn.gamma", "--attn.length", "--attn.learned")
 IMPORTS = "--override.imports"
+# Whose translation into Hugging Face's form stops at a key that it does not know. The others' pass over it.
+STRICT_IN_HF = ("deepseek_v3", "kimi_k2_5")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with torchtitan; bad input is one line on stderr and exit code 2, before any device is touched."""
     with exit_on_bad_input(PROG):
-        command = _with_override(*_take(sys.argv[1:] if argv is None else list(argv)))
-        _check(command)
+        flags, rest = _take(sys.argv[1:] if argv is None else list(argv))
+        command = _with_override(flags, rest)
+        _check(command, learned=flags.get("--attn.learned", "False") != "False")
     from torchtitan import train
 
     sys.argv = [sys.argv[0], *command]
@@ -39,7 +42,7 @@ def _take(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in FLAGS:
-            flags[flag] = value if equals else next(words, "")
+            flags[flag] = value if equals or flag == "--attn.learned" else next(words, "")
         elif flag.startswith("--attn"):
             raise BadInput(f"{flag} is not known: {', '.join(FLAGS)} are")
         else:
@@ -56,7 +59,7 @@ def _with_override(flags: dict[str, str], rest: list[str]) -> list[str]:
         )
     for flag in FLAGS[1:]:
         if attn != "stablemask" and flag in flags:
-            raise BadInput(f"{flag} belongs to --attn stablemask, got --attn {attn} {flag} {flags[flag]}")
+            raise BadInput(f"{flag} belongs to --attn stablemask, got --attn {attn} {flag} {flags[flag]}".rstrip())
     if attn == "stablemask":
         ours = f"{OURS}.stablemask={json.dumps(_stablemask(flags))}"
     else:
@@ -77,10 +80,15 @@ def _stablemask(flags: dict[str, str]) -> dict[str, Any]:
         if not length.isascii() or not length.isdigit():
             raise BadInput(f"--attn.length must be a whole number, the training length, got {length!r}")
         kwargs["length"] = int(length)
+    learned = flags.get("--attn.learned", "False")
+    if learned not in ("", "True", "False"):
+        raise BadInput(f"--attn.learned is given as it is, or as True or False, got {learned!r}")
+    if learned != "False":
+        kwargs["learned"] = True
     return kwargs
 
 
-def _check(command: list[str]) -> None:
+def _check(command: list[str], *, learned: bool) -> None:
     """Apply the overrides as the trainer will, to a config that is thrown away."""
     try:
         check_versions()
@@ -94,6 +102,13 @@ def _check(command: list[str]) -> None:
         raise BadInput(str(error)) from None
     if not any(OURS in line for line in replaced):
         raise BadInput(f"the model of {config.model_spec.name} has no attention that --attn could replace")
+    checkpoint, name = config.checkpoint, config.model_spec.name
+    if learned and checkpoint.enable and checkpoint.last_save_in_hf:
+        raise BadInput("--checkpoint.last_save_in_hf cannot be used with --attn.learned: what it writes would lack gamma")
+    if learned and checkpoint.enable and checkpoint.initial_load_in_hf and name in STRICT_IN_HF:
+        raise BadInput(
+            f"--checkpoint.initial_load_in_hf of {name} cannot be used with --attn.learned: torchtitan stops at its keys"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""StableMask for Hugging Face Transformers: importing this package registers ``attn_implementation="stablemask"``.
+"""StableMask for Hugging Face Transformers: importing this package registers two values of ``attn_implementation``.
+
+"stablemask" is StableMask attention. "sm_flex" is the model's own causal attention on the same engines, learned sinks included
+(gpt-oss), and StableMask only where the model's config asks for it.
 
     import sm_flex_transformers
     from transformers import AutoModelForCausalLM
@@ -17,14 +20,18 @@ which attention a model was trained with: pass attn_implementation="stablemask" 
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sm_flex_transformers import loading
-from sm_flex_transformers.attention import stablemask_attention
+from sm_flex_transformers import batching, loading
+from sm_flex_transformers.attention import sm_flex_attention, stablemask_attention
+from sm_flex_transformers.interface import NAMES
 from sm_flex_transformers.masks import stablemask_mask
 from sm_flex_transformers.schedule import GammaSchedule
 
-__all__ = ["GammaSchedule", "stablemask_attention", "stablemask_mask"]
+__all__ = ["GammaSchedule", "sm_flex_attention", "stablemask_attention", "stablemask_mask"]
 
 AttentionInterface.register("stablemask", stablemask_attention)
+AttentionInterface.register("sm_flex", sm_flex_attention)
 # Without a mask function of the same name Transformers passes no mask at all: padding and packing would be lost in silence.
-AttentionMaskInterface.register("stablemask", stablemask_mask)
+for name in NAMES:
+    AttentionMaskInterface.register(name, stablemask_mask)
 loading.install()
+batching.install()

@@ -1,13 +1,16 @@
 """The attention function that Transformers calls in every layer, with (B, H, S, D) queries and (B, Hkv, T, D) keys."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import forwards, keywords, layer_masks, masks
+from sm_flex_transformers import batching, forwards, keywords, layer_masks, layer_rows, packed_rows, windows
+from sm_flex_transformers.interface import name_of
 
 
 def stablemask_attention(
@@ -30,73 +33,69 @@ def stablemask_attention(
 
     Args:
         query: (B, H, S, D). key, value: (B, Hkv, T, D), the cache included.
-        attention_mask: what stablemask_mask made, or a user's own (B, 1, S, T): bool, or float with 0 and the minimum. None is
-            plain causal attention; more keys than positions then means a static cache whose later slots are still empty.
+        attention_mask: what stablemask_mask made, or one of the user's or the model's own (B, 1|H, S, T): bool, or floating,
+            with the minimum or -inf where a key is hidden, and elsewhere added to the scores. None is plain causal attention;
+            more keys than positions then means a static cache whose later slots are still empty.
         position_ids: (B, S) or (1, S), each token's position in its own sequence. Where there are more of them than queries,
             the model has dropped rows (Gemma 4 before its layers with shared keys): the last ones are those of the queries.
         softcap: tanh(score / softcap) * softcap on the real scores (Gemma 2).
-        kwargs: whatever else the model hands its attention: harmless, a selection of keys, or refused (keywords.py).
+        kwargs: whatever else the model hands its attention: harmless, a selection of keys, a bias, or refused (keywords.py).
 
     Returns:
         (B, S, H, D), and None: there are no attention weights.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what StableMask cannot do right: output_attentions, bidirectional layers,
-            sinks, a bias on the scores, missing or multi-axis position_ids, a keyword that is not known.
+            sinks of another shape, missing or multi-axis position_ids, a keyword that is not known.
     """
     forwards.note_call()
-    _check(module, is_causal, position_ids, kwargs)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    num_positions = num_queries if position_ids is None else position_ids.shape[1]
-    if attention_mask is None and 1 < num_positions < num_keys:  # the unused slots of a static cache
-        key, value = key[:, :, :num_positions], value[:, :, :num_positions]
-        num_keys = num_positions
-    seen = masks.read(attention_mask, position_ids, num_queries, num_keys)
-    if position_ids is None:
-        _check_default_positions(module, seen.visible is not None or num_queries != num_keys, num_queries)
-    positions, visible = position_ids, seen.visible
-    if position_ids is not None:
-        positions = masks.positions_of(seen, position_ids, num_queries, num_keys)
-        visible = masks.within_documents(seen, position_ids, num_queries, num_keys)
-    if visible is None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
-        raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
-    selected = keywords.selected_keys(module, kwargs, attention_mask, position_ids, query, num_keys)
-    if selected is not None:
-        keywords.check_selected_within(module, seen.visible, visible)
-        visible = selected if visible is None else visible & selected
-    if visible is None and 1 < num_queries < num_keys:  # rows were dropped: those left are the last
-        visible = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
-    if softcap is None and positions is position_ids:
-        mask = layer_masks.cached(module, position_ids, query)
+    _check(module, is_causal, kwargs)
+    asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
+    if asked is not None and position_ids is not None and position_ids.dim() != 2:
+        raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
+    if batching.is_batched(kwargs):
+        given = {**kwargs, "softcap": softcap}
+        make = functools.partial(layer_masks.packed, asked, position_ids, query, key.shape[2], sink)
+        return batching.attend(module, query, key, value, make, attention_mask, scaling, given), None
+    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, asked is not None, softcap, kwargs)
+    if softcap is None and dropout == 0.0 and packed_rows.serves(rows, query):
+        mask = layer_masks.packed(asked, rows.positions, query, rows.key.shape[2], sink)
+        return packed_rows.attend(query, rows, mask, scaling), None
+    key, value, visible, bias = rows.key, rows.value, layer_rows.visible(module, rows, query), rows.bias
+    if asked is None and sink is None and softcap is None and bias is None:
+        return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
+    if not rows.ordered:
+        key, value, visible = windows.behind_all(key, value, visible, query.shape[2])
+    allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, key.shape[2])
+    if asked is not None and sink is None and softcap is None and rows.positions is position_ids:
+        mask = layer_masks.cached(asked, position_ids, query)
     else:
-        mask = layer_masks.make(module, positions, query, _soft_capping(softcap))
+        mask = layer_masks.make(asked, rows.positions, query, key.shape[2], _soft_capping(softcap), sink)
     out = scaled_dot_product_attention(
         query, key, value,
-        attn_mask=visible, dropout_p=dropout, is_causal=visible is None and num_queries > 1, scale=scaling, enable_gqa=True,
+        attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and query.shape[2] > 1, scale=scaling, enable_gqa=True,
         score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check(module: nn.Module, is_causal: bool | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+def sm_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The model's own causal attention, its learned sinks included: StableMask only where module.config.stablemask asks for it.
+
+    Without config.stablemask a sink is all the mass that a row has, the same at every position: no position_ids are needed.
+    Without sinks too it is Transformers' sdpa. Arguments, result and errors are those of stablemask_attention.
+    """
+    return stablemask_attention(*args, **kwargs)
+
+
+def _check(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     config: Any = module.config
+    name = name_of(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"stablemask serves decoder-only models, got {type(config).__name__}, an encoder-decoder")
+        raise NotImplementedError(f"{name} serves decoder-only models, got {type(config).__name__}, an encoder-decoder")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise NotImplementedError(f"stablemask is causal and {type(module).__name__} is not: use another attn_implementation")
+        raise NotImplementedError(f"{name} is causal and {type(module).__name__} is not: use another attn_implementation")
     keywords.check(module, kwargs)
-    if position_ids is not None and position_ids.dim() != 2:
-        raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
-
-
-def _check_default_positions(module: nn.Module, masked: bool, num_queries: int) -> None:
-    """Without position_ids only a plain call is served: the positions 0..S-1, no mask and no cache."""
-    if masked or forwards.lost_positions(num_queries):
-        raise ValueError(
-            f"{type(module).__name__} got no position_ids, and this call has a mask, a cache or positions of its own, so "
-            "stablemask cannot tell where its rows are: pass position_ids to the model. Where that does not help, the model does "
-            "not hand them to its attention, and only its plain calls are served"
-        )
 
 
 def _soft_capping(softcap: float | None) -> ScoreMod | None:

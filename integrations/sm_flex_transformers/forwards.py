@@ -1,4 +1,4 @@
-"""What a model was called with, where its layers are not handed it: forward hooks of every model that runs stablemask."""
+"""What a model was called with, where its layers are not handed it: forward hooks of every model that runs our attention."""
 
 import functools
 import inspect
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from sm_flex_transformers import settings
+from sm_flex_transformers import settings, sharding
+from sm_flex_transformers.interface import NAMES, name_of, note_model
 
 
 class _Running(threading.local):
@@ -19,6 +20,7 @@ class _Running(threading.local):
 
     masked = False  # whether the mask function was given a 2-D attention_mask
     position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
+    cached = True  # whether it may keep a cache
     calls = 0  # of stablemask_attention
 
 
@@ -39,6 +41,7 @@ _PROVEN = WeakIdKeyDictionary()  # models that have called stablemask_attention
 
 def watch(model: PreTrainedModel) -> None:
     """Registers the hooks, once."""
+    note_model(type(model), model.config.model_type)
     if not any(getattr(hook, "func", None) is before for hook in model._forward_pre_hooks.values()):
         names = tuple(inspect.signature(model.forward).parameters)
         model.register_forward_pre_hook(functools.partial(before, names), with_kwargs=True)
@@ -55,6 +58,10 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
         settings.hand_down_first(model.config)
         return
     settings.hand_down(model.config)
+    sharding.check_plan(model)
+    use_cache = given.get("use_cache")
+    kept = any(given.get(name) is not None for name in ("cache", "past_key_values"))
+    _RUNNING.cached = kept or (getattr(model.config, "use_cache", True) if use_cache is None else use_cache)
     _RUNNING.position_ids = weakref.ref(position_ids) if isinstance(position_ids, Tensor) else None
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None
@@ -67,9 +74,13 @@ def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Raises NotImplementedError where a first forward went by without a call of stablemask_attention."""
     if torch.compiler.is_compiling() or model in _PROVEN:
         return
+    text = model.config.get_text_config()
+    if not {model.config._attn_implementation, text._attn_implementation} & set(NAMES):
+        return  # it was told to take another since
     if _CALLS.get(model) == _RUNNING.calls and not _TRACED.called:
+        name = name_of(text)
         raise NotImplementedError(
-            f"{type(model).__name__} ran without calling stablemask: its code does not use Transformers' attention interface, so "
+            f"{type(model).__name__} ran without calling {name}: its code does not use Transformers' attention interface, so "
             "attn_implementation has no effect on it"
         )
     _PROVEN[model] = True
@@ -100,7 +111,23 @@ def lost_positions(num_queries: int) -> bool:
     """For a layer that is handed no position_ids: whether its model was, and others than 0..S-1."""
     if torch.compiler.is_compiling():
         return _TRACED.has_position_ids  # their values cannot be asked
-    given = None if _RUNNING.position_ids is None else _RUNNING.position_ids()
-    if given is None or given.device.type == "meta" or given.shape[-1] != num_queries:
+    given = given_positions(num_queries)
+    if given is None:
         return False
     return not bool((given == torch.arange(num_queries, device=given.device)).all())
+
+
+def may_have_a_cache() -> bool:
+    """Whether the running forward may keep a cache: Transformers then makes no mask for packed rows."""
+    return _RUNNING.cached
+
+
+def given_positions(num_queries: int) -> Tensor | None:
+    """For a layer that is handed no position_ids: those that its model was called with, where they can be read.
+
+    A layer that is checkpointed and runs again, in a backward, may follow the forward of another batch.
+    """
+    if torch.compiler.is_compiling() or _RUNNING.position_ids is None or torch._C._current_graph_task_id() != -1:
+        return None
+    given = _RUNNING.position_ids()
+    return None if given is None or given.device.type == "meta" or given.shape[-1] != num_queries else given

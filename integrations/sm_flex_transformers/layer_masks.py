@@ -1,5 +1,6 @@
 """From a layer's config and positions to its StableMask, which the layers of one forward share."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,21 +9,58 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import StableMask, stablemask
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import settings
+from sm_flex_transformers import settings, sharding
 from sm_flex_transformers.masks import has_values
 
 # By the position ids of a forward, of which every layer is handed the same tensor: (their version, the StableMask).
 _CACHED = WeakIdKeyDictionary()
 
 
-def make(module: Any, positions: Tensor | None, query: Tensor, score_mod: ScoreMod | None = None) -> StableMask:
-    """The StableMask of a layer, for positions (B, S), (1, S) or None."""
-    return _make(_settings(module, query), positions, score_mod)
+def asked(module: Any, query: Tensor) -> settings.Settings | None:
+    """What config.stablemask asks of a layer; None where it is to run without StableMask."""
+    keep = has_values(query)
+    given = settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep)
+    if given is None:
+        return None
+    return given._replace(gamma=sharding.of_own_heads(module, given.gamma, query.shape[1], keep))
 
 
-def cached(module: Any, position_ids: Tensor | None, query: Tensor) -> StableMask:
+def make(
+    asked: settings.Settings | None,
+    positions: Tensor | None,
+    query: Tensor,
+    num_keys: int,
+    score_mod: ScoreMod | None = None,
+    sink: Tensor | None = None,
+) -> StableMask:
+    """The StableMask of a layer, for positions (B, S), (1, S) or None. Without StableMask a sink is all the mass there is."""
+    if asked is not None:
+        return _make(asked, positions, score_mod, sink)
+    if query.shape[2] == num_keys:
+        return stablemask(math.inf, score_mod=score_mod, sink=sink)
+    # The core wants to know where the rows are. To a gamma of inf any place will do.
+    nowhere = torch.zeros(query.shape[2], dtype=torch.long, device=query.device)
+    return stablemask(math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=sink)
+
+
+def packed(
+    asked: settings.Settings | None, positions: Tensor | None, query: Tensor, num_keys: int, sink: Tensor | None
+) -> StableMask:
+    """make(), for the rows of all sequences one after another."""
+    batch, _, num_queries, _ = query.shape
+    if sink is not None and sink.dim() == 3:
+        sink = sink.transpose(0, 1).flatten(1)
+    if asked is None:
+        same = query.shape[2] == num_keys
+        nowhere = None if same else torch.zeros(batch * num_queries, dtype=torch.long, device=query.device)
+        return stablemask(math.inf, length=1, positions=nowhere, sink=sink)
+    if positions is not None:
+        positions = positions.expand(batch, -1).flatten()
+    return _make(asked, positions, sink=sink)
+
+
+def cached(asked: settings.Settings, position_ids: Tensor | None, query: Tensor) -> StableMask:
     """make(), or what an earlier layer of the same forward got from it: its checks cost as much as a decode step's attention."""
-    asked = _settings(module, query)
     if position_ids is None or not has_values(query) or not has_values(position_ids) or position_ids.is_inference():
         return _make(asked, position_ids)
     version, mask = _CACHED.get(position_ids) or (None, None)
@@ -32,15 +70,13 @@ def cached(module: Any, position_ids: Tensor | None, query: Tensor) -> StableMas
     return mask
 
 
-def _settings(module: Any, query: Tensor) -> settings.Settings:
-    return settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep=has_values(query))
-
-
-def _make(asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMod | None = None) -> StableMask:
+def _make(
+    asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMod | None = None, sink: Tensor | None = None
+) -> StableMask:
     if positions is not None:
         positions = positions.clamp(min=0)  # some models number padding -1
-        positions = positions[0] if positions.shape[0] == 1 else positions
-    return stablemask(asked.gamma, length=asked.length, positions=positions, score_mod=score_mod)
+        positions = positions[0] if positions.dim() == 2 and positions.shape[0] == 1 else positions
+    return stablemask(asked.gamma, length=asked.length, positions=positions, score_mod=score_mod, sink=sink)
 
 
 def _same(mask: StableMask, asked: settings.Settings, position_ids: Tensor) -> bool:

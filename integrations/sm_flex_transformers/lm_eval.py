@@ -1,8 +1,9 @@
-"""lm-evaluation-harness (``pip install lm-eval``) on a StableMask model: its own command line, with stablemask registered.
+"""lm-evaluation-harness (``pip install lm-eval``): its own command line, with stablemask and sm_flex registered.
 
     python -m sm_flex_transformers.lm_eval run --model hf --model_args pretrained=PATH,attn_implementation=stablemask --tasks ...
 
-A model that runs another attention is refused: its scores would carry StableMask's name.
+A model that runs another attention is refused: its scores would carry StableMask's name. sm_flex is StableMask too where the
+model's config.stablemask asks for it, and the model's own attention where it does not.
 """
 
 import functools
@@ -16,7 +17,7 @@ def main() -> None:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         _stop("lm-evaluation-harness is not installed: pip install lm-eval")
-    import sm_flex_transformers  # noqa: F401  (registers stablemask)
+    from sm_flex_transformers.interface import NAMES  # which registers them
 
     make = HFLM.__init__
 
@@ -24,8 +25,8 @@ def main() -> None:
     def make_and_look(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         attention = self.model.config.get_text_config()._attn_implementation
-        if attention != "stablemask":
-            _stop(f"the model runs {attention}, not stablemask: give attn_implementation=stablemask in --model_args")
+        if attention not in NAMES:
+            _stop(f"the model runs {attention}, not stablemask or sm_flex: give attn_implementation=stablemask in --model_args")
 
     HFLM.__init__ = make_and_look
     cli_evaluate()

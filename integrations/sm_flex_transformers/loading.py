@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sm_flex_transformers import forwards, settings
-from sm_flex_transformers.interface import check_looks_up
+from sm_flex_transformers.interface import NAMES, check_looks_up, has_sinks, name_of
 
-NAMES = ("stablemask",)
 logger = logging.get_logger("transformers.sm_flex")  # under the root that transformers.logging.set_verbosity() sets
 
 
@@ -31,12 +30,12 @@ def install() -> None:
     @functools.wraps(choose)
     def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention in NAMES:
-            check_looks_up(type(self))
+            check_looks_up(type(self), requested_attention)
         chosen = choose(self, requested_attention, *args, **kwargs)
         settings.hand_down(self.config)
         if chosen in NAMES or _text_attention(self.config) in NAMES:
             forwards.watch(self)
-            _check_settings(self.config)
+            _check_settings(self, chosen if chosen in NAMES else _text_attention(self.config))
         else:
             _warn_if_asked(self.config)
         return chosen
@@ -44,14 +43,14 @@ def install() -> None:
     @functools.wraps(change)
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         if attn_implementation in NAMES:
-            check_looks_up(type(self))
+            check_looks_up(type(self), attn_implementation)
         change(self, attn_implementation, *args, **kwargs)
         if _names_ours(attn_implementation):
             settings.hand_down(self.config)
             forwards.watch(self)
             for module in self.modules():
                 if isinstance(module, PreTrainedModel) and module.config is self.config.get_text_config():
-                    check_looks_up(type(module))
+                    check_looks_up(type(module), name_of(module.config))
                     forwards.watch(module)
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
@@ -69,15 +68,20 @@ def _text_attention(config: Any) -> str | None:
     return getattr(getattr(config, "text_config", None), "_attn_implementation", None)
 
 
-def _check_settings(config: Any) -> None:
+def _check_settings(model: PreTrainedModel, name: str | None) -> None:
     """A wrong setting is refused before the weights are loaded, and one that was left out is named."""
+    config: Any = model.config
     if getattr(config, "is_heterogeneous", False) or not hasattr(config, "num_attention_heads"):
         return  # the layers are asked; the parts of a composite model when they are built
     if settings.of(config) is not None:
-        settings.read(config, None, torch.device("cpu"))
+        for layer in range(getattr(config, "num_hidden_layers", None) or 1):
+            settings.read(config, layer, torch.device("cpu"))
         return
+    if name == "sm_flex":
+        return  # the model's own attention
+    beside = " beside its attention sinks" if has_sinks(type(model)) else ""
     logger.warning_once(
-        f"this {config.model_type} model has no config.stablemask: it runs head-wise with N = max_position_embeddings, "
+        f"this {config.model_type} model has no config.stablemask: it runs head-wise{beside} with N = max_position_embeddings, "
         f"{getattr(config, 'max_position_embeddings', None)}, and nothing of that is saved. Set config.stablemask = "
         '{"gamma": "headwise", "length": N}, N the training length'
     )

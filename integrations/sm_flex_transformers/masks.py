@@ -12,10 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import sdpa_mask
 
-from sm_flex_transformers import forwards
-from sm_flex_transformers.interface import check_model_type
+from sm_flex_transformers import forwards, windows
+from sm_flex_transformers.interface import check_model_type, extends_its_mask, name_of
 
-NOT_CAUSAL = "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): a StableMask is causal"
+NOT_CAUSAL = (
+    "the attention mask lets a query see a later key (bidirectional blocks, a prefix, an image): this attention is causal"
+)
 
 
 class Padding(NamedTuple):
@@ -33,16 +35,20 @@ class Seen(NamedTuple):
     by_user: bool  # a mask that the user made
     masked: bool  # the model was called with a 2-D attention_mask, padding or not
     padding: Padding | None
+    bias: Tensor | None = None  # floating, (B, 1|H, S, T): what a float mask adds to the scores of visible keys
 
 
 # Every layer of a forward is handed the same tensors, and reading one on a GPU waits for it: what was found out is kept.
 # Masks of stablemask_mask, by their memory, since a model may hand on a slice.
 _MADE: dict[StorageWeakRef, tuple[int, Seen]] = {}
-_RESTARTS = WeakIdKeyDictionary()  # position ids: (version, masked, padding, whether a document starts within)
+_RESTARTS = WeakIdKeyDictionary()  # position ids: (version, masked, padding, Documents)
 
 
 def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """sdpa_mask of Transformers: a bool mask (B, 1, S, T), True is visible, or None where plain causal attention is meant.
+
+    None too for a sliding window where nothing is padded or packed: its layers say how wide it is. A float mask for models that
+    put keys of their own behind the mask's, and cast what they say of them to its dtype (DeepSeek V4).
 
     Raises:
         NotImplementedError: the mask is bidirectional, or lets some query see a later key (a StableMask is causal); or the model
@@ -51,11 +57,19 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     check_model_type(kwargs["config"].model_type)
     if "allow_is_bidirectional_skip" in kwargs:
         raise NotImplementedError(
-            "stablemask is causal and this model asks for a bidirectional mask, as encoders and cross-attention do: use another "
-            "attn_implementation"
+            f"{name_of(kwargs['config'])} is causal and this model asks for a bidirectional mask, as encoders and "
+            "cross-attention do: use another attn_implementation"
         )
-    mask, padding = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
+    padding = kwargs.get("attention_mask")
     forwards.note_mask(padding)
+    if extends_its_mask(kwargs["config"].model_type):
+        mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+        assert mask is not None
+        dtype = kwargs["dtype"]
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    if windows.layers_apply_it(kwargs) and not _may_be_padded(padding, kwargs["q_length"] + kwargs.get("q_offset", 0)):
+        return None
+    mask = sdpa_mask(*args, **kwargs)
     if mask is None or not has_values(mask):
         return mask
     first_query, num_queries = kwargs.get("q_offset", 0), mask.shape[2]
@@ -67,6 +81,10 @@ def stablemask_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     made = Seen(None, False, padding is not None, None if padding is None else _padding(padding, first_query, num_queries))
     _MADE[StorageWeakRef(mask.untyped_storage())] = _version(mask), made
     return mask
+
+
+def _may_be_padded(mask_BT: Tensor | None, num_slots: int) -> bool:
+    return mask_BT is not None and (not has_values(mask_BT) or mask_BT.shape[1] < num_slots or not mask_BT.all())
 
 
 def _padding(mask_BT: Tensor, first_query: int | Tensor, num_queries: int) -> Padding:
@@ -82,17 +100,23 @@ def has_values(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num_keys: int) -> Seen:
-    """What a layer was given. A mask that the user made may be a float padding mask."""
+def read(mask: Tensor | None, position_ids: Tensor | None, num_queries: int, num_keys: int, ordered: bool = True) -> Seen:
+    """What a layer was given. A mask that the user or the model made may be floating, and add to the scores.
+
+    ordered: False where the keys stand in no order, so that the mask is not asked whether it is causal by their slots.
+    """
     masked = forwards.came_with_a_mask(position_ids)
     if mask is None:
         return Seen(None, False, masked, None)
+    if not ordered:
+        return Seen(mask == 0 if mask.is_floating_point() else mask, True, True, None)
     if not has_values(mask):
         return Seen(_traced(mask, num_queries, num_keys), False, masked, None)
     version, made = _MADE.get(StorageWeakRef(mask.untyped_storage())) or (None, None)
     if made is not None and version == _version(mask):
         return made._replace(visible=mask)
-    return Seen(_as_bool(mask, num_queries, num_keys), True, True, None)
+    visible = _as_bool(mask, num_queries, num_keys)
+    return Seen(visible, True, True, None, mask if _adds(mask, visible) else None)
 
 
 def _version(mask: Tensor) -> int:
@@ -102,7 +126,7 @@ def _version(mask: Tensor) -> int:
 
 def _traced(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
     if mask.dtype != torch.bool:
-        raise TypeError(f"a custom attention mask must be bool under torch.compile with stablemask, got {mask.dtype}")
+        raise TypeError(f"a custom attention mask must be bool under torch.compile, got {mask.dtype}")
     if num_queries > 1 and torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~mask.triu(num_keys - num_queries + 1).any(), NOT_CAUSAL)
     return mask
@@ -115,17 +139,16 @@ def _as_bool(mask: Tensor, num_queries: int, num_keys: int) -> Tensor:
         )
     visible = mask
     if mask.is_floating_point():
-        visible = mask == 0
-        if not (visible | (mask <= torch.finfo(mask.dtype).min)).all():
-            raise NotImplementedError(
-                "a float attention mask, passed to the model or made by it, must hold 0 where a key is visible and the dtype's "
-                "minimum or -inf where it is not: stablemask takes no additive bias this way, use "
-                "sm_flex.stablemask(..., score_mod=...) in a model of your own"
-            )
+        visible = ~(mask <= torch.finfo(mask.dtype).min)  # a NaN is no key that nobody sees
     elif mask.dtype != torch.bool:
         raise TypeError(f"a custom attention mask must be bool or floating, got {mask.dtype}")
     _check_causal(visible, num_keys - num_queries)
     return visible
+
+
+def _adds(mask: Tensor, visible: Tensor) -> bool:
+    """Whether a mask is more than padding. One that is learned may be all 0 and wants its gradient."""
+    return mask.is_floating_point() and (mask.requires_grad or bool((visible & (mask != 0)).any()))
 
 
 def _check_causal(visible: Tensor, offset: int) -> None:
@@ -152,26 +175,35 @@ def positions_of(seen: Seen, position_ids: Tensor, num_queries: int, num_keys: i
     return position_ids if num_positions == num_queries else position_ids[:, num_positions - num_queries :]
 
 
-def within_documents(seen: Seen, position_ids: Tensor, num_queries: int, num_keys: int) -> Tensor | None:
-    """seen.visible, narrowed to each row's documents; for a call that holds whole sequences.
+class Documents(NamedTuple):
+    """Of packed rows."""
+
+    starts_BP: Tensor  # (B|1, P), True where a new document starts within the row
+    cu_seqlens: Tensor | None  # of all rows one after another, int32; None where it cannot be looked at
+
+
+def documents(seen: Seen, position_ids: Tensor, num_queries: int, num_keys: int) -> Documents | None:
+    """The documents that each row holds, for a call that holds whole sequences; None where each row is one.
 
     Transformers finds packed rows itself only where there is no cache, and a forward makes one by default.
     """
     visible, num_positions = seen.visible, position_ids.shape[1]
     if num_positions != num_keys or num_positions == 1:
-        return visible
+        return None
     readable = has_values(position_ids) and (visible is None or has_values(visible))
     if seen.by_user and readable:
-        return visible
+        return None
     real_BP = None if seen.padding is None else seen.padding.real_BP
     if not readable and visible is not None:
         real_BP = _real(visible)
     starts_BP = _document_starts(position_ids, seen.masked, real_BP)
-    if readable and not _any_start(position_ids, seen, starts_BP):
-        return visible
-    document_BP = starts_BP.cumsum(-1)
-    same_B1ST = document_BP[:, None, num_positions - num_queries :, None] == document_BP[:, None, None, :]
-    return same_B1ST if visible is None else visible & same_B1ST
+    return Documents(starts_BP, None) if not readable else _looked_at(position_ids, seen, starts_BP)
+
+
+def same_document(documents: Documents, num_queries: int) -> Tensor:
+    """Bool (B|1, 1, S, P)."""
+    document_BP = documents.starts_BP.cumsum(-1)
+    return document_BP[:, None, -num_queries:, None] == document_BP[:, None, None, :]
 
 
 def _document_starts(position_ids: Tensor, masked: bool, real_BP: Tensor | None) -> Tensor:
@@ -193,17 +225,26 @@ def _document_starts(position_ids: Tensor, masked: bool, real_BP: Tensor | None)
     return ((position_ids < before) | (position_ids == 0)) & inner
 
 
-def _any_start(position_ids: Tensor, seen: Seen, starts_BP: Tensor) -> bool:
+def _looked_at(position_ids: Tensor, seen: Seen, starts_BP: Tensor) -> Documents | None:
     if position_ids.is_inference() or position_ids.device.type == "cpu":  # cheap to look at, and not every write has a version
-        return bool(starts_BP.any())
-    version, masked, padding, answer = _RESTARTS.get(position_ids) or (None, None, None, False)
+        return _if_any(starts_BP)
+    version, masked, padding, answer = _RESTARTS.get(position_ids) or (None, None, None, None)
     if version != position_ids._version or masked != seen.masked or padding is not seen.padding:
-        answer = bool(starts_BP.any())
+        answer = _if_any(starts_BP)
         _RESTARTS[position_ids] = (position_ids._version, seen.masked, seen.padding, answer)
     return answer
 
 
+def _if_any(starts_BP: Tensor) -> Documents | None:
+    if not starts_BP.any():
+        return None
+    first_BP = starts_BP.clone()
+    first_BP[:, 0] = True
+    ends = torch.tensor([first_BP.numel()], device=first_BP.device)
+    return Documents(starts_BP, torch.cat([first_BP.flatten().nonzero().squeeze(1), ends]).int())
+
+
 def _real(visible: Tensor) -> Tensor:
     """(B, T): a padding slot does not even see itself; of rows that were dropped, what the others see is all that counts."""
-    rows_BST = visible[:, 0]
+    rows_BST = visible[:, 0] if visible.shape[1] == 1 else visible.any(1)  # heads may have selections of their own
     return rows_BST.diagonal(dim1=-2, dim2=-1) if rows_BST.shape[-2] == rows_BST.shape[-1] else rows_BST.any(1)

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from sm_flex import headwise_gamma
 from sm_flex_transformers import settings
+from sm_flex_transformers.interface import NAMES
 
 logger = logging.get_logger("transformers.sm_flex")
 
@@ -25,8 +26,9 @@ class GammaSchedule(TrainerCallback):
         start: > 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that does not run
-            stablemask, or whose config asks for a gamma that is not the target.
+        TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that runs neither
+            stablemask nor sm_flex, whose config asks for a gamma that is not the target, or whose layers have different
+            numbers of heads where the target is not one number.
     """
 
     def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = 10.0) -> None:
@@ -51,14 +53,14 @@ class GammaSchedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         settings.hand_down(model.config)
         config = model.config.get_text_config()
-        if config._attn_implementation != "stablemask":
+        if config._attn_implementation not in NAMES:
             raise ValueError(
-                f'GammaSchedule needs a model with attn_implementation="stablemask", got {config._attn_implementation!r}: '
-                'load it so, or model.set_attn_implementation("stablemask")'
+                f'GammaSchedule needs a model with attn_implementation="stablemask" or "sm_flex", '
+                f'got {config._attn_implementation!r}: load it so, or model.set_attn_implementation("stablemask")'
             )
         given = (settings.of(config) or {}).get("gamma", self.target)
         # A resumed run finds the value that the schedule left.
-        if given not in (self.target, self.start, self.gamma(state.global_step, config.num_attention_heads)):
+        if given not in (self.target, self.start, self._now(state, config)):
             raise ValueError(
                 f'config.stablemask["gamma"] is {given!r} and the target of GammaSchedule {self.target!r}: '
                 f"pass target={given!r}, or, where an earlier schedule was cut short, resume from its checkpoint"
@@ -72,5 +74,16 @@ class GammaSchedule(TrainerCallback):
         self._set(state, model.config.get_text_config())
 
     def _set(self, state: Any, config: Any) -> None:
-        gamma = self.gamma(state.global_step, config.num_attention_heads)
-        config.stablemask = {**(settings.of(config) or {}), "gamma": gamma}
+        config.stablemask = {**(settings.of(config) or {}), "gamma": self._now(state, config)}
+
+    def _now(self, state: Any, config: Any) -> float | list[float]:
+        """One gamma per head, or one for all where the layers differ in their heads."""
+        heads = settings.heads_of_layers(config)
+        if len(heads) == 1:
+            return self.gamma(state.global_step, heads[0])
+        if not isinstance(self.target, (int, float)):
+            raise ValueError(
+                f"this model's layers have {' or '.join(map(str, heads))} query heads, and GammaSchedule sets one gamma per head "
+                "for all of them: give it one number as its target"
+            )
+        return self.gamma(state.global_step, 1)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import gamma_from, length_from
+from sm_flex_transformers.interface import name_of
 
 KEYS = ("gamma", "length")
 
@@ -55,8 +56,10 @@ def hand_down_first(config: Any) -> None:
         text.stablemask = whole
 
 
-def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings:
+def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings | None:
     """What config.stablemask asks for; head-wise and config.max_position_embeddings where it says nothing.
+
+    None, no StableMask, where there is no config.stablemask and the model runs sm_flex.
 
     Where Transformers' per_layer_config gives a layer a stablemask of its own, that is what counts there. keep lets calls
     share one gamma on the device: not of a trace, which holds it as a constant, nor with fake tensors.
@@ -64,12 +67,14 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     Raises:
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
-    given = of(config)
+    given, name, whole = of(config), name_of(config), config
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer]
         own = getattr(config, "stablemask", None)
         given = given if own is None else own
     if given is None:
+        if name == "sm_flex":
+            return None
         given = {}
     if not isinstance(given, dict):
         raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")
@@ -82,9 +87,27 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.
     plain = all(type(x) in (int, float, str) for x in (gamma if isinstance(gamma, tuple) else (gamma,)))
     make = _cached_gamma if keep and plain else _gamma
-    heads = getattr(config, "num_attention_heads_per_layer", None)  # Laguna
-    num_heads = config.num_attention_heads if heads is None or layer is None else heads[layer]
-    return Settings(make(gamma, num_heads, device), _length(given.get("length"), config))
+    heads, where = num_heads(config, layer), ""
+    if isinstance(gamma, tuple) and len(gamma) != heads and layer is not None and len(heads_of_layers(whole)) > 1:
+        where = f" of layer {layer}"
+    return Settings(make(gamma, heads, device, where), _length(given.get("length"), config))
+
+
+def heads_of_layers(config: Any) -> list[int]:
+    """The different numbers of query heads that a model's layers have."""
+    layers = range(getattr(config, "num_hidden_layers", 1))
+    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * len(layers)
+    return sorted({num_heads(configs[i], i) for i in layers})
+
+
+def num_heads(config: Any, layer: int | None) -> int:
+    """The query heads of a layer, of the config of the model or of that layer alone; on all ranks together."""
+    if layer is not None:
+        if (heads := getattr(config, "num_attention_heads_per_layer", None)) is not None:  # Laguna
+            return heads[layer]
+        if (heads := getattr(config, "swa_num_attention_heads", None)) is not None:  # Inkling
+            return heads if "sliding" in config.layer_types[layer] else config.num_attention_heads
+    return config.num_attention_heads
 
 
 def _length(length: Any, config: Any) -> int:
@@ -98,8 +121,8 @@ def _length(length: Any, config: Any) -> int:
     return length_from(length, name='config.stablemask["length"]')
 
 
-def _gamma(gamma: Any, num_heads: int, device: torch.device) -> Tensor:
-    return gamma_from(gamma, num_heads, name='config.stablemask["gamma"]').to(device)
+def _gamma(gamma: Any, num_heads: int, device: torch.device, where: str) -> Tensor:
+    return gamma_from(gamma, num_heads, name=f'config.stablemask["gamma"]{where}').to(device)
 
 
 _cached_gamma = lru_cache(maxsize=64)(_gamma)

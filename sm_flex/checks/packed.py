@@ -27,8 +27,6 @@ def check_varlen(
     """varlen_attn's arguments with a StableMask. paged: the given ones of seqused_k, block_table and num_splits."""
     if "block_table" not in paged:
         check_qkv(query, key, value, enable_gqa, "THD")
-        if value.shape[-1] != query.shape[-1]:
-            raise ValueError(f"value must have the head dim of query, {query.shape[-1]}, got {value.shape[-1]}")
     if differentiable(query, key, value, mask.gamma, mask.sink):
         for name in ("block_table", "seqused_k"):
             if name in paged:
@@ -50,17 +48,17 @@ def check_varlen(
             continue
         check_cu_seqlens(name, cu, query.device)
     _check_documents(query, key, cu_q, cu_k, mask, paged)
-    _check_longest("max_q", max_q, cu_q)
-    _check_longest("max_k", max_k, cu_k)
+    check_longest("max_q", max_q, cu_q)
+    check_longest("max_k", max_k, cu_k)
 
 
-def check_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
+def check_cu_seqlens(name: str, cu: Any, device: torch.device, query: str = "query") -> None:
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {cu.dtype if isinstance(cu, Tensor) else type(cu).__name__}")
     if cu.dim() != 1 or cu.shape[0] < 2:
         raise ValueError(f"{name} must be (documents + 1,), got shape {tuple(cu.shape)}")
     if cu.device != device:
-        raise ValueError(f"{name} must be on the device of query, {device}, got {cu.device}")
+        raise ValueError(f"{name} must be on the device of {query}, {device}, got {cu.device}")
 
 
 def check_cu_values(name: str, cu: Tensor, total: int) -> None:
@@ -91,7 +89,7 @@ def _check_documents(
         )
 
 
-def _check_longest(name: str, longest: Any, cu: Tensor | None) -> None:
+def check_longest(name: str, longest: Any, cu: Tensor | None) -> None:
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, the longest document's length, got {type(longest).__name__}")
     if cu is not None and readable(cu) and int(cu.diff().max()) > longest:

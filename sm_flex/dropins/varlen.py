@@ -12,7 +12,7 @@ from sm_flex.checks.packed import check_varlen
 from sm_flex.checks.tensors import check_aux, check_scale
 from sm_flex.dispatch import attend_packed
 from sm_flex.engines.varlen import to_thd
-from sm_flex.runtime import autocast
+from sm_flex.runtime import autocast, device_type
 from sm_flex.score_mod import StableMask
 
 _TORCHS_KEYWORDS = frozenset(inspect.signature(torch_varlen.varlen_attn).parameters)
@@ -60,7 +60,7 @@ def varlen_attn(
     aligned to the end of its keys.
 
     Args:
-        query: (T_q, H, D). key, value: (T_k, Hkv, D); Hkv < H needs enable_gqa.
+        query: (T_q, H, D). key, value: (T_k, Hkv, D) and (T_k, Hkv, Dv); Hkv < H needs enable_gqa.
         cu_seq_q, cu_seq_k: (documents + 1,) int32, the first row of each document and the total.
         max_q, max_k: the longest document's length.
         return_aux: AuxRequest(lse=True) also returns the natural log-sum-exp of the whole row of A_SM, (H,
@@ -73,7 +73,7 @@ def varlen_attn(
             equal.
 
     Returns:
-        (T_q, H, D) in query's dtype, or (out, lse).
+        (T_q, H, Dv) in query's dtype, or (out, lse).
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule, what came and the way out.
@@ -100,7 +100,7 @@ def varlen_attn(
     paged = {name: x for name, x in new_keywords.items() if name != "enable_gqa"}
     check_varlen(query, key, value, *documents, score_mod, window_size, enable_gqa, paged)
     for name in paged:
-        if name not in _TORCHS_KEYWORDS or query.device.type != "cuda":
+        if name not in _TORCHS_KEYWORDS or device_type(query.device) != "cuda":
             raise NotImplementedError(
                 f"{name} needs a newer torch on CUDA, got torch {torch.__version__} on {query.device}: leave it out"
             )

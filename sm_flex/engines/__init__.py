@@ -22,6 +22,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from sm_flex.runtime import device_type
 
 State: TypeAlias = tuple[Tensor, ...]
 Forward: TypeAlias = tuple[Tensor, Tensor, State]
@@ -49,7 +52,7 @@ class Need(NamedTuple):
 
     @property
     def device(self) -> str:
-        return self.q.device.type
+        return device_type(self.q.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,8 +74,8 @@ class Call(NamedTuple):
     q, k, v: (B, H, S, D), or (S, H, D) with cu_q, cu_k for packed documents. bias: (1|B, 1|H, S, T), added to
     the scores.
     causal: the kernel's own flag. may_be_masked: some row may see no key though bias is None.
-    window: how many keys to the left of its own a query sees, -1 for all. max_q, max_k: the longest
-    documents.
+    window, right: how many keys before and after its own a query of packed documents sees, -1 for all.
+    max_q, max_k: the longest documents.
     """
 
     q: Tensor
@@ -88,6 +91,7 @@ class Call(NamedTuple):
     window: int = -1
     max_q: int = 0
     max_k: int = 0
+    right: int = 0
 
 
 class Engine(Protocol):
@@ -135,6 +139,20 @@ def refuses_on_cuda(need: Need, widest_with_lse_grad: int | None = None) -> str 
     if need.lse_grad and widest_with_lse_grad is not None and need.widest > widest_with_lse_grad:
         return f"with a log-sum-exp that has a gradient it takes head dims up to {widest_with_lse_grad}"
     return None
+
+
+def one_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with columns of zeros up to the widest head dim, which change no score and no value.
+
+    For a kernel that wants one head dim for query and value.
+    """
+    widest = max([x.shape[-1] for x in tensors])
+    return [x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors]
+
+
+def narrowed(x: Tensor, dim: int) -> Tensor:
+    """x without the columns that were added to its head dim."""
+    return x if x.shape[-1] == dim else x[..., :dim]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

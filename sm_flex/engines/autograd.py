@@ -7,6 +7,10 @@ since the pseudo columns have value 0. Nothing differentiates through lse.
 A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place
 of delta gives the same. Every kernel computes delta from grad_out and out'. So both are widened by columns
 whose product is -grad_lse' (in three parts, so that bf16 holds all of it), and q, k and v by columns of 0.
+
+torch.compile makes every gradient that enters an autograd Function contiguous. Kernels lay their out out as
+(B, S, H, D), the projection after it leaves its gradient so, and their backward wants it there. So the Function
+returns (B, S, H, D), and attend() transposes it: a contiguous gradient is one that nobody has to copy.
 """
 
 from typing import Any
@@ -57,18 +61,22 @@ def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Te
     # derivative, and AOTAutograd would hand us a gradient for an lse' that no caller asked for.
     with_lse = return_lse or not torch.compiler.is_compiling()
     result = _Attend.apply(engine, with_lse, *call, *mass)
-    out, lse = result if with_lse else (result, None)
-    return out, lse if return_lse else None
+    out_BSHD, lse = result if with_lse else (result, None)
+    return out_BSHD.transpose(1, 2), lse if return_lse else None
 
 
 def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
     """out', lse' and what the engine's backward wants kept, without autograd."""
     out, lse, state = KERNELS[engine].forward(call)
-    if call.bias is not None:
-        masked = fully_masked_rows(call.bias, call.causal)
-        lse = lse.masked_fill(masked, -torch.inf)
-        out = out.masked_fill(masked.unsqueeze(-1), 0.0)
     may_be_masked = call.bias is not None or call.may_be_masked
+    if call.bias is not None:
+        lse = lse.masked_fill(fully_masked_rows(call.bias, call.causal), -torch.inf)
+    elif engine == "varlen" and mass.log_mass_HS is not None:
+        # The kernel leaves out and lse of rows after the last document as it found them. A NaN there would
+        # reach the gradient of log M, to which every row adds.
+        assert call.cu_q is not None, "packed documents have bounds"
+        lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= call.cu_q[-1], -torch.inf)
+        may_be_masked = True
     out, lse = epilogue(out, lse, mass, in_place=True, may_be_masked=may_be_masked, return_lse=return_lse)
     return out, lse, state
 
@@ -81,10 +89,11 @@ class _Attend(torch.autograd.Function):
         if call.cu_q is not None and mass.log_mass_HS is None and mass.positions is None:
             mass = mass._replace(cu_seqlens=call.cu_q)
         out, lse, state = forward(engine, _with_cu_k(call), mass)
+        out_BSHD = out.transpose(1, 2)
         ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
-        ctx.save_for_backward(*inputs, out, lse, *state)
+        ctx.save_for_backward(*inputs, out_BSHD, lse, *state)
         ctx.set_materialize_grads(False)
-        return (out, lse) if return_lse else out
+        return (out_BSHD, lse) if return_lse else out_BSHD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -92,10 +101,11 @@ class _Attend(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(ARGUMENTS)
         if grad_out is None and grad_lse is None:
             return tuple(grads)
-        q, k, v, bias, cu_q, cu_k, log_mass, out, lse, *state = ctx.saved_tensors
+        q, k, v, bias, cu_q, cu_k, log_mass, out_BSHD, lse, *state = ctx.saved_tensors
         call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
+            grad_out = torch.zeros_like(out_BSHD)
+        grad_out, out = grad_out.transpose(1, 2), out_BSHD.transpose(1, 2)
         if ctx.needs_input_grad[LOG_MASS]:
             grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
         if bias is not None or call.may_be_masked:
@@ -106,7 +116,7 @@ class _Attend(torch.autograd.Function):
         needs_bias_grad = ctx.needs_input_grad[BIAS]
         dq, dk, dv, grads[BIAS] = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_bias_grad)
         if grad_lse is not None:
-            dq, dk, dv = [x[..., : q.shape[-1]] for x in (dq, dk, dv)]
+            dq, dk, dv = dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
         grads[Q], grads[K], grads[V] = dq, dk, dv
         return tuple(grads)
 

@@ -14,7 +14,9 @@ CPU     all that PyTorch's flash op takes    cpu: at S = 1k the formula of the p
 CPU     packed                               varlen_cpu: the same op, for one document or one block of a window after another
 any     everything else: other devices,      dense: the only one that takes them
         float64 on CUDA; on a CPU score_mods,
-        block masks and dropout
+        block masks and dropout; a few queries
+        whose value has its own head dim, in
+        float32 and float64 (cpu.py)
 """
 
 import torch
@@ -79,6 +81,8 @@ def candidates(need: Need) -> list[str]:
         return ["dense"]
     if need.device == "cpu":
         backends = {"cpu": "FLASH_ATTENTION", "dense": "MATH"}
+        if cpu.copies_outweigh(need):
+            backends = {"dense": "MATH", "cpu": "FLASH_ATTENTION"}
         return [name for name, backend in backends.items() if enabled(backend)]
     if need.device == "cuda" and torch.version.hip is None:
         choice = torchs_engine(need)

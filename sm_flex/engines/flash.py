@@ -2,18 +2,30 @@
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sm_flex.engines import Call, Forward, Gradients, Need, State, refuses_on_cuda, rows_contiguous
 from sm_flex.runtime import flash_backward_op, flash_op
 
-# With a gradient of lse; the kernel takes 256.
-WIDEST_WITH_LSE_GRAD = 248
+# The head dims that the kernels take; FA4's on compute capability 10 stop at 128 (and know 192, of no use here).
+WIDEST, WIDEST_OF_FA4_ON_SM100 = 256, 128
 
 
 def refuses(need: Need) -> str | None:
-    return "it takes no attn_mask" if need.attn_mask is not None else refuses_on_cuda(need, WIDEST_WITH_LSE_GRAD)
+    if need.attn_mask is not None:
+        return "it takes no attn_mask"
+    return refuses_on_cuda(need, widest_with_lse_grad(str(need.q.device)) if need.lse_grad else None)
+
+
+@torch.compiler.assume_constant_result
+def widest_with_lse_grad(device: str) -> int:
+    """The largest head dim that still fits with the 8 columns of a gradient of lse. Fixed when a call is traced."""
+    # torch 2.11 has no other implementations to choose from where it lacks the question.
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    sm100 = current == "FA4" and torch.cuda.get_device_capability(device)[0] == 10
+    return (WIDEST_OF_FA4_ON_SM100 if sm100 else WIDEST) - 8
 
 
 def causality(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[None, bool]:

@@ -27,6 +27,13 @@ def real_share_and_lse(
     return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs())
 
 
+def times_share(out: Tensor, share: Tensor, lse: Tensor, *, may_be_masked: bool = True) -> Tensor:
+    """s * out, and 0 in a fully masked row whatever out holds there: 0 * NaN would be NaN."""
+    product = out * share.unsqueeze(-1).to(out.dtype)
+    # In place: out of place, masked_fill lays it out anew, and the backward of cuDNN counts on out's memory.
+    return product.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0) if may_be_masked else product
+
+
 def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:
     """1 - s = exp(log M - lse'), accurate where s rounds to 1."""
     return exp_difference(log_mass, new_lse)

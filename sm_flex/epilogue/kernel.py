@@ -15,16 +15,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.epilogue.formula import real_share_and_lse, times_share
 from sm_flex.mass.closed_form import HUGE
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import plain_eager
 
 # 1 - s at or above this can change an output of the dtype: half the gap below a power of two.
 HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
-# Bytes of a tile: at head_dim 128 in bf16 it has 32 rows, and no variant spills on any target.
+# Bytes of a tile, which one warp holds in its registers: at head_dim 128 in bf16 it has 32 rows, one per
+# thread. More warps would work out log M of a row more than once (benchmarks.kernel_report counts).
 TILE_BYTES = 8192
 MAX_ROWS = 128
+NUM_WARPS = 1
+# CUDA's limit on a grid's second and third dimension.
+MAX_GRID = 65535
 
 # Where a row's position comes from.
 ARANGE, POSITIONS, CU_SEQLENS = 0, 1, 2
@@ -56,6 +60,22 @@ def _log_mass(gamma, position, length):
 
 
 @triton.jit
+def _first_row(cu_ptr, row, num_docs, ROWS: tl.constexpr):
+    """Where the document of each row starts: the last one at or before it, by bisection."""
+    low = tl.zeros([ROWS], tl.int32)
+    if num_docs > 1:  # the compiler makes a constant of 1, and of a loop that never runs an error (Triton 3.6)
+        high = low + num_docs
+        width = num_docs
+        while width > 1:
+            middle = (low + high) // 2
+            started = tl.load(cu_ptr + middle) <= row
+            low = tl.where(started, middle, low)
+            high = tl.where(started, high, middle)
+            width = (width + 1) // 2
+    return tl.load(cu_ptr + low).to(tl.int32)
+
+
+@triton.jit
 def remask_kernel(
     out_ptr, new_out_ptr, lse_ptr, new_lse_ptr, table_ptr, gamma_ptr, position_ptr, cu_ptr,
     num_rows, num_heads, length, num_docs,
@@ -67,36 +87,33 @@ def remask_kernel(
     """One program: ROWS rows of one (batch, head). new_out_ptr is out_ptr where IN_PLACE."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)) * ROWS
+    row = first + tl.arange(0, ROWS)
     inside = row < num_rows
+    first = first.to(tl.int64)
     at = row.to(tl.int64)
     lse = tl.load(lse_ptr + batch * lse_b + head * lse_h + at * lse_s, mask=inside, other=0.0)
 
-    if HAS_TABLE:
-        log_m = tl.load(table_ptr + batch * table_b + head * table_h + at * table_s, mask=inside, other=0.0).to(tl.float32)
-    else:
-        gamma = tl.load(gamma_ptr + head * gamma_h).to(tl.float32)
-        if POSITION == 1:
-            position = tl.load(position_ptr + batch * position_b + at * position_s, mask=inside, other=0)
-        elif POSITION == 2:
-            # The last document that starts at or before the row, by bisection.
-            low = tl.zeros([ROWS], tl.int32)
-            if num_docs > 1:  # the compiler makes a constant of 1, and of a loop that never runs an error (Triton 3.6)
-                high = low + num_docs
-                width = num_docs
-                while width > 1:
-                    middle = (low + high) // 2
-                    started = tl.load(cu_ptr + middle) <= row
-                    low = tl.where(started, middle, low)
-                    high = tl.where(started, high, middle)
-                    width = (width + 1) // 2
-            position = row - tl.load(cu_ptr + low).to(tl.int32)
+    # A loop of one turn. Triton computes what it can anew in the layout of the tile, where a row belongs to many
+    # threads; what comes out of a loop it hands over instead, so that log M is worked out once per row.
+    log_m, share, turns = lse, lse, num_heads
+    while turns > 0:
+        if HAS_TABLE:
+            table = table_ptr + batch * table_b + head * table_h + at * table_s
+            log_m = tl.load(table, mask=inside, other=0.0).to(tl.float32)
         else:
-            position = row
-        log_m = _log_mass(gamma, position.to(tl.int64), length)
+            gamma = tl.load(gamma_ptr + head * gamma_h).to(tl.float32)
+            if POSITION == 1:
+                position = tl.load(position_ptr + batch * position_b + at * position_s, mask=inside, other=0).to(tl.int64)
+            elif POSITION == 2:
+                position = row - _first_row(cu_ptr, row, num_docs, ROWS)
+            else:
+                position = row
+            log_m = _log_mass(gamma, position, length)
+        # A share below 0 marks a fully masked row.
+        share = tl.where(lse == float("-inf"), -1.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
+        turns = 0
 
-    masked = lse == float("-inf")
-    share = tl.where(masked, 0.0, 1.0 / (1.0 + tl.exp(log_m - lse)))
     top = tl.maximum(lse, log_m)
     gap = tl.where(top == float("-inf"), 0.0, -tl.abs(lse - log_m))
     new_lse = tl.where(top == float("-inf"), float("-inf"), top + tl.log(1.0 + tl.exp(gap)))
@@ -108,11 +125,20 @@ def remask_kernel(
     work = tl.sum(touched.to(tl.int32)) if IN_PLACE else 1
     if work > 0:  # pyright: ignore[reportOperatorIssue]
         column = tl.arange(0, BLOCK_D)
+        in_tile = tl.arange(0, ROWS)
         tile = inside[:, None] & (column < HEAD_DIM)[None, :]
-        source = out_ptr + batch * out_b + head * out_h + at[:, None] * out_s + column[None, :] * out_d
-        target = new_out_ptr + batch * new_b + head * new_h + at[:, None] * new_s + column[None, :] * new_d
-        out = tl.load(source, mask=tile, other=0.0)
-        tl.store(target, (out.to(tl.float32) * share[:, None]).to(out.dtype), mask=tile)
+        source = out_ptr + batch * out_b + head * out_h + first * out_s
+        source = source + (in_tile.to(tl.int64) * out_s)[:, None] + (column * out_d)[None, :]
+        # Nothing is read of a fully masked row, whose out may hold NaN: 0 is stored.
+        masked = share < 0.0
+        out = tl.load(source, mask=tile & ~masked[:, None], other=0.0)
+        new_out = (out.to(tl.float32) * tl.where(masked, 0.0, share)[:, None]).to(out.dtype)
+        if IN_PLACE:
+            tl.store(source, new_out, mask=tile)
+        else:
+            target = new_out_ptr + batch * new_b + head * new_h + first * new_s
+            target = target + (in_tile.to(tl.int64) * new_s)[:, None] + (column * new_d)[None, :]
+            tl.store(target, new_out, mask=tile)
 
 
 # Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here.
@@ -176,7 +202,7 @@ def launch(out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool) -> tuple[Ten
 
 
 def block_shape(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """(ROWS, BLOCK_D) of a tile."""
+    """(ROWS, BLOCK_D) of a tile, which NUM_WARPS work on."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     return max(1, min(MAX_ROWS, TILE_BYTES // (block_d * itemsize))), block_d
 
@@ -192,14 +218,16 @@ def _launch(kernel: Any, out: Tensor, new_out: Tensor, lse: Tensor, new_lse: Ten
     tensors = (out, new_out, lse, new_lse, mass.log_mass_HS, mass.gamma, mass.positions, mass.cu_seqlens)
     sizes = (num_rows, heads, mass.length, 0 if mass.cu_seqlens is None else mass.cu_seqlens.shape[0] - 1)
     out_strides = (*out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride())
-    kernel[(batch * heads, triton.cdiv(num_rows, rows))](
+    tiles = triton.cdiv(num_rows, rows)
+    layers = triton.cdiv(tiles, MAX_GRID)
+    kernel[(batch * heads, triton.cdiv(tiles, layers), layers)](
         *tensors, *sizes, *out_strides, *table_strides, gamma_stride, *position_strides,
         HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
-        IN_PLACE=in_place, HAS_TABLE=mass.log_mass_HS is not None, POSITION=source,
+        IN_PLACE=in_place, HAS_TABLE=mass.log_mass_HS is not None, POSITION=source, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     share, new_lse = real_share_and_lse(lse, mass.table(out.shape[-2], lse.dtype))
     assert new_lse is not None
-    return out * share.unsqueeze(-1).to(out.dtype), new_lse
+    return times_share(out, share, lse), new_lse

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sm_flex.checks.tensors import broadcasts
-from sm_flex.epilogue.formula import exp_difference, pseudo_share, real_share_and_lse
+from sm_flex.epilogue.formula import exp_difference, pseudo_share, real_share_and_lse, times_share
 from sm_flex.mass.table import Mass
-from sm_flex.runtime import HAS_TRITON, check_no_transform, watched
+from sm_flex.runtime import HAS_TRITON, check_no_transform, device_type, watched
 
 # Imported here and not where it is called, which may be traced.
 if HAS_TRITON:
@@ -33,12 +33,11 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         out: (..., S, D) floating, attention output. Not written to.
         lse: (..., S) float32 or float64, natural log-sum-exp of the real scores; -inf for a row without
-            visible keys.
+            visible keys, of which out is not used.
         log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`.
 
     Returns:
-        out' like out, lse' like lse. A fully masked row (lse = -inf) has share 0: out' is 0 where out is
-        finite.
+        out' like out, lse' like lse. A fully masked row (lse = -inf) has share 0, and out' = 0.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape or device.
@@ -84,6 +83,7 @@ class _Remask(torch.autograd.Function):
         pseudo = pseudo_share(new_lse, log_mass)
         real = exp_difference(lse, new_lse)
         grad_s = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
+        grad_s = grad_s.masked_fill(torch.isneginf(lse), 0.0)  # a fully masked row's out may hold NaN
         slope = grad_s * real * pseudo
         return (
             grad_out * real.unsqueeze(-1).to(grad_out.dtype),
@@ -104,16 +104,24 @@ def epilogue(
     """
     compiling = torch.compiler.is_compiling()
     in_place = in_place and (compiling or not watched())
-    if kernel is not None and out.is_cuda and out.numel() and out.dtype != torch.float64 and lse.dtype == torch.float32:
+    if (
+        kernel is not None
+        and device_type(out.device) == "cuda"
+        and out.numel()
+        and out.dtype != torch.float64
+        and lse.dtype == torch.float32
+    ):
         return kernel.launch(out, lse, mass, in_place=in_place)
     log_mass = mass.table(out.shape[-2], lse.dtype)
     share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse)
-    share = (share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1)
     # Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes
     # longer (to S = 4k).
-    if in_place and not compiling:
-        return out.mul_(share), new_lse
-    return out * share, new_lse
+    if not in_place or compiling:
+        return times_share(out, share, lse, may_be_masked=may_be_masked), new_lse
+    out.mul_((share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1))
+    if may_be_masked:
+        out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    return out, new_lse
 
 
 def log_mass_grad(grad_out: Tensor, out: Tensor, lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:

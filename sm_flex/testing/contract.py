@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sm_flex.testing.gradients import INPUTS, assert_matches_eq11
 from sm_flex.testing.oracle import oracle
 from sm_flex.testing.problem import Problem
 from sm_flex.testing.tolerance import assert_within, error_budget, lse_budget
@@ -75,3 +76,19 @@ def assert_agree(a: Output, b: Output, rows: slice = slice(None), name: str = "o
     assert_within(a.out[:, :, rows], b.out.double(), a.out_budget + b.out_budget, name)
     if a.lse is not None and b.lse is not None:
         assert_within(a.lse[..., rows], b.lse.double(), a.lse_budget[..., rows] + b.lse_budget, f"lse of {name}")
+
+
+def assert_gradients(fn: Attention, problem: Problem, learned_sink: bool = False, **options: Any) -> None:
+    """Raise AssertionError unless fn has the gradients of eq. 11; options as in assert_matches_eq11."""
+    kwargs = problem.arguments
+    inputs = [kwargs.pop(name) for name in INPUTS]
+    learned = {"sink": kwargs.pop("sink")} if learned_sink else {}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor | None]:
+        returned = fn(q, k, v, gamma=gamma, **kwargs, **dict(zip(learned, extra, strict=True)))
+        return returned if isinstance(returned, tuple) else (returned, None)
+
+    def oracle_kwargs(*extra: Tensor) -> dict[str, Any]:
+        return {**kwargs, **dict(zip(learned, extra, strict=True))}
+
+    assert_matches_eq11(run, [*inputs, *learned.values()], oracle_kwargs, sums_cancel=True, **options)

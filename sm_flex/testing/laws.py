@@ -8,13 +8,11 @@ s = exp(l - l') the real share of a row.
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from sm_flex.testing.contract import Attention, Output, assert_agree, attend, reference, require_lse
-from sm_flex.testing.gradients import INPUTS, assert_matches_eq11
+from sm_flex.testing.contract import Attention, Output, assert_agree, assert_gradients, attend, reference, require_lse
 from sm_flex.testing.problem import FEATURES, Problem
 from sm_flex.testing.tolerance import assert_within
 
@@ -90,6 +88,38 @@ def sink(fn: Attention, problem: Problem) -> None:
     assert_right(fn, problem)
     none = {"sink": torch.full_like(problem.arguments["sink"], -math.inf)}
     assert_agree(attend(fn, problem, **none), attend(fn, problem.replace(sink=None)))
+
+
+@law(needs=("sink",))
+def a_sink_is_a_key_without_value(fn: Attention, problem: Problem) -> None:
+    """With gamma = inf a sink is one more key of that score, whose value is 0: ordinary attention to it, in float64."""
+    problem = problem.replace(gamma=math.inf)
+    output, arguments = attend(fn, problem), problem.arguments
+    groups, pad = problem.heads // problem.kv_heads, torch.nn.functional.pad
+    q, k, v = (arguments[name].double() for name in "qkv")
+    k, v = (pad(x.repeat_interleave(groups, dim=1), (0, 0, 0, 1)) for x in (k, v))
+    seen = problem.slots.unsqueeze(1) >= torch.arange(problem.num_keys, device=problem.device)
+    seen = seen.expand(problem.batch, problem.heads, -1, -1) if problem.visible is None else problem.visible
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if problem.scale is None else problem.scale)
+    scores[..., :-1] = scores[..., :-1].masked_fill(~seen, -math.inf)
+    scores[..., -1] = arguments["sink"].double().unsqueeze(-1)
+    assert_within(output.out, torch.softmax(scores, -1).nan_to_num() @ v, output.out_budget + 1e-10, "out")
+    if output.lse is not None:
+        assert_within(output.lse, torch.logsumexp(scores, -1), output.lse_budget, "lse")
+
+
+@law(needs=("sink",))
+def a_constant_moves_lse_alone(fn: Attention, problem: Problem) -> None:
+    """With gamma = inf a constant added to every score and to the sink leaves out as it is, and moves lse by it."""
+    problem = problem.replace(gamma=math.inf)
+    q, k, sink = (problem.arguments[name].clone() for name in ("q", "k", "sink"))
+    step = (255 / 64, -255 / 64)[problem.cut % 2]  # in every dtype, and its sum with a sink not in bf16
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    before = attend(fn, problem, q=q, k=k)
+    k[..., 0] = step
+    constant = step * (q.shape[-1] ** -0.5 if problem.scale is None else problem.scale)
+    moved = None if before.lse is None else before.lse.double() + constant
+    assert_agree(attend(fn, problem, q=q, k=k, sink=sink + constant), before._replace(lse=moved))
 
 
 @law()
@@ -239,38 +269,23 @@ def linear_in_v(fn: Attention, problem: Problem) -> None:
 @law(gradient=True)
 def gradients(fn: Attention, problem: Problem) -> None:
     """dq, dk and dv of eq. 11: dS = P' * (dP - rowsum(dout * out)), for P' = exp(score - l')."""
-    _assert_gradients(fn, problem, constants=("gamma",))
+    assert_gradients(fn, problem, constants=("gamma",))
 
 
 @law(gradient=True, finite_gamma=True)
 def gradient_of_gamma(fn: Attention, problem: Problem) -> None:
     """d gamma of eq. 11, for a gamma that requires grad: d log M = -(1 - s) * rowsum(dout * out)."""
-    _assert_gradients(fn, problem)
+    assert_gradients(fn, problem)
 
 
 @law(takes=(*BASIC, "positions", "visible"), needs=("sink",), gradient=True)
 def gradient_of_sink(fn: Attention, problem: Problem) -> None:
     """d sink of eq. 11, for a sink that requires grad: the sum over its rows of -exp(sink - l') * rowsum(dout * out)."""
-    _assert_gradients(fn, problem, constants=("gamma",), learned_sink=True)
+    assert_gradients(fn, problem, constants=("gamma",), learned_sink=True)
 
 
 @law(gradient=True)
 def gradient_of_lse(fn: Attention, problem: Problem) -> None:
     """A loss that reaches l' too: dS gains P' * dlse, or the backward raises; never dropped in silence."""
     require_lse(attend(fn, problem))
-    _assert_gradients(fn, problem, constants=("gamma",), with_lse_grad=True)
-
-
-def _assert_gradients(fn: Attention, problem: Problem, learned_sink: bool = False, **options: Any) -> None:
-    kwargs = problem.arguments
-    inputs = [kwargs.pop(name) for name in INPUTS]
-    learned = {"sink": kwargs.pop("sink")} if learned_sink else {}
-
-    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor | None]:
-        returned = fn(q, k, v, gamma=gamma, **kwargs, **dict(zip(learned, extra, strict=True)))
-        return returned if isinstance(returned, tuple) else (returned, None)
-
-    def oracle_kwargs(*extra: Tensor) -> dict[str, Any]:
-        return {**kwargs, **dict(zip(learned, extra, strict=True))}
-
-    assert_matches_eq11(run, [*inputs, *learned.values()], oracle_kwargs, sums_cancel=True, **options)
+    assert_gradients(fn, problem, constants=("gamma",), with_lse_grad=True)

@@ -57,11 +57,12 @@ def fully_masked_rows(bias: Tensor, causal: bool) -> Tensor:
 
     def rows(start: int, end: int) -> Tensor:
         hidden = torch.isneginf(bias[..., start:end, :])
-        return (hidden | ~causal_rows(num_queries, num_keys, bias.device)(start, end) if causal else hidden).all(-1)
+        return (hidden | ~causal_rows(num_queries, num_keys, bias.device)(start, end)).all(-1)
 
+    if not causal:
+        return torch.isneginf(bias.amax(-1))
     if bias.stride(-2) == 0 and num_queries > 1:
-        seen = ~torch.isneginf(bias[..., 0, :])
-        return seen.cumsum(-1) == 0 if causal else ~seen.any(-1, keepdim=True).expand(*seen.shape[:-1], num_queries)
+        return (~torch.isneginf(bias[..., 0, :])).cumsum(-1) == 0
     # Compiled code fuses this, and a number of blocks that follows the length would compile anew for each
     # length.
     if torch.compiler.is_compiling():
@@ -70,14 +71,15 @@ def fully_masked_rows(bias: Tensor, causal: bool) -> Tensor:
     return torch.cat([rows(start, min(start + step, num_queries)) for start in range(0, num_queries, step)], dim=-1)
 
 
-def banded_bias(first_slot: int, num_rows: int, num_keys: int, window: int, dtype: torch.dtype) -> Tensor:
+def banded_bias(first_slot: int, num_rows: int, num_keys: int, window: int, dtype: torch.dtype, right: int = 0) -> Tensor:
     """(1, 1, rows, keys) on the CPU, for rows at the slots from first_slot on.
 
-    A row sees the key of its own slot and the ``window`` keys before it, or all of them where window is -1.
+    A row sees the key of its own slot, the ``window`` keys before it and the ``right`` keys after it, or all
+    of them where that is -1.
     """
     slots = torch.arange(first_slot, first_slot + num_rows).unsqueeze(1)
     keys = torch.arange(num_keys)
-    seen = keys <= slots
+    seen = keys <= (num_keys if right == -1 else slots + right)
     if window != -1:
         seen = seen & (keys >= slots - window)
     return torch.zeros(1, 1, num_rows, num_keys, dtype=dtype).masked_fill_(~seen, -math.inf)

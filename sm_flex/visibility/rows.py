@@ -90,8 +90,11 @@ class _IndexByTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, window: int) -> VisibleRows:
-    """Packed documents: a query sees the slots of its own document, aligned to the end, within the window."""
+def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, window: int, right: int = 0) -> VisibleRows:
+    """Packed documents: a query sees the slots of its own document, aligned to the end, within the window.
+
+    window, right: how many keys before and after its own it sees, -1 for all.
+    """
     kv = torch.arange(num_keys, device=cu_k.device)
     document_kv = document_of(kv, cu_k)
 
@@ -99,7 +102,9 @@ def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, w
         q = torch.arange(start, end, device=cu_q.device)
         document_q = document_of(q, cu_q)
         slot = (q - cu_q[document_q + 1] + cu_k[document_q + 1]).unsqueeze(1)
-        seen = (document_q.unsqueeze(1) == document_kv) & (kv <= slot)
+        seen = document_q.unsqueeze(1) == document_kv
+        if right != -1:
+            seen = seen & (kv <= slot + right)
         return seen if window == -1 else seen & (kv >= slot - window)
 
     return rows

@@ -250,6 +250,7 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.card("the speed of a GPU")
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["causal", "window", "packed", "alibi", "epilogue", "decode"])

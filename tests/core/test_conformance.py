@@ -55,14 +55,22 @@ def attention(
     if error == "lse cast to bf16 before the share":
         lse = lse.bfloat16().to(wide)
     new_lse = torch.logaddexp(lse, log_mass(gamma, rows, length))
+    without_sink = new_lse
     if sink is not None and error != "forgotten sink":
         each_head = sink.flip(0) if error == "sink of the wrong head" else sink
+        if error == "sink in bf16":
+            each_head = sink.bfloat16().to(wide)
         new_lse = torch.logaddexp(
             new_lse, (each_head.detach() if error == "sink without a gradient" else each_head).unsqueeze(-1)
         )
     nothing = new_lse < -1e29  # neither a key nor any mass
     out = (torch.exp(real - new_lse.unsqueeze(-1)).masked_fill(nothing.unsqueeze(-1), 0.0) @ wide_v).to(q.dtype)
     new_lse = new_lse.masked_fill(nothing, -math.inf)
+    if error == "sink added after the remask":
+        share = torch.exp(real - without_sink.unsqueeze(-1)).masked_fill(without_sink.unsqueeze(-1) < -1e29, 0.0)
+        out = (share @ wide_v).to(q.dtype)
+    if error == "lse without the sink":
+        new_lse = without_sink.masked_fill(without_sink < -1e29, -math.inf)
     if error == "dropped lse gradient":
         new_lse = new_lse.detach()
     if error == "lse cast to bf16":
@@ -85,6 +93,7 @@ def with_error(error: str) -> Any:
     return fn
 
 
+SINK_LAWS = ("sink", "a_sink_is_a_key_without_value", "a_constant_moves_lse_alone", "gradient_of_sink")
 # Each error, a law that it breaks, and one that it leaves whole.
 ERRORS = {
     "mass off by one row": ("equation_11", "infinite_gamma_is_causal_attention"),
@@ -99,6 +108,9 @@ ERRORS = {
     "out scaled but lse not": ("rows_sum_to_the_real_share", "equation_11"),
     "forgotten sink": ("sink", "equation_11"),
     "sink of the wrong head": ("batch_and_heads_are_independent", "infinite_gamma_is_causal_attention"),
+    "sink in bf16": ("a_constant_moves_lse_alone", "infinite_gamma_is_causal_attention"),
+    "sink added after the remask": ("a_sink_is_a_key_without_value", "log_sum_exp"),
+    "lse without the sink": ("a_sink_is_a_key_without_value", "sink"),
     "sink without a gradient": ("gradient_of_sink", "sink"),
     "zeros": ("equation_11", "log_sum_exp"),
     "plain causal attention": ("equation_11", "infinite_gamma_is_causal_attention"),
@@ -167,6 +179,8 @@ def test_what_fn_refuses_is_not_run_and_never_passed():
         "positions": "fn refuses positions: masks and positions are not served",
         "masks": "fn refuses visible: masks and positions are not served",
         "sink": "fn refuses sink: its signature does not name it",
+        "a_sink_is_a_key_without_value": "fn refuses sink: its signature does not name it",
+        "a_constant_moves_lse_alone": "fn refuses sink: its signature does not name it",
         "log_sum_exp": "fn returns no lse",
         "cached_steps_are_the_full_pass": "fn refuses positions: masks and positions are not served",
         "packed_is_one_by_one": "fn refuses positions: masks and positions are not served",
@@ -194,7 +208,7 @@ def test_a_fn_that_swallows_keywords_is_given_no_sink():
         seen.append("sink" in options)
         return attention(q, k, v, **options)
 
-    assert check_attention(swallows, max_examples=1).not_run == ("sink", "gradient_of_sink")
+    assert check_attention(swallows, max_examples=1).not_run == SINK_LAWS
     assert seen
     assert not any(seen)
 
@@ -260,7 +274,7 @@ def planted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
 
 def test_shell(capsys: pytest.CaptureFixture[str]):
     assert main([f"{__name__}:attention", "--max-examples", "2", "--no-grads"]) == 0
-    assert "attention, float32 on cpu: 17 laws passed, 0 failed, 4 not run" in capsys.readouterr().out
+    assert "attention, float32 on cpu: 19 laws passed, 0 failed, 4 not run" in capsys.readouterr().out
     assert main([f"{__name__}:planted", "--max-examples", "5", "--no-grads"]) == 1
     out = capsys.readouterr().out
     code = out.split("breaks log_sum_exp:\n\n")[1].split("\n\nThe smallest")[0]

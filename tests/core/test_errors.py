@@ -159,10 +159,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "varlen cu 2-D": (varlen(cu_q=CU[None]), ValueError, r"cu_seq_q must be \(documents \+ 1,\)"),
     "varlen documents differ": (varlen(cu_k=torch.tensor([0, 7]).int()), ValueError, "cu_seq_k must have the documents of cu_seq_q, 2, got 1"),
     "varlen cu short": (varlen(cu_q=CU - 1), ValueError, "cu_seq_q must rise from 0 to the number of rows, 7"),
+    "varlen cu ends early": (varlen(cu_q=torch.tensor([0, 3, 6]).int()), ValueError, r"cu_seq_q must rise from 0 to the number of rows, 7, got \[0, 3, 6\]"),
+    "varlen cu ends late": (varlen(cu_k=torch.tensor([0, 3, 8]).int()), ValueError, r"cu_seq_k must rise from 0 to the number of rows, 7, got \[0, 3, 8\]"),
     "varlen lengths differ": (varlen(cu_k=torch.tensor([0, 4, 7]).int()), ValueError, "positions are required where a document's"),
     "varlen 4-D": (varlen(q=Q), ValueError, "query must be 3-D"),
     "varlen heads": (varlen(k=THD[:, :2], v=THD[:, :2]), ValueError, "pass enable_gqa=True"),
-    "varlen value dim": (varlen(v=THD[..., :5]), ValueError, "value must have the head dim of query"),
     "varlen paged on CPU": (varlen(positions(7), seqused_k=CU[1:]), NotImplementedError, "seqused_k needs a newer torch on CUDA"),
     # remask, log_mass, headwise_gamma
     "remask out int": (lambda: remask(OUT.long(), LSE, LSE), TypeError, "out must be a floating tensor"),
@@ -189,7 +190,7 @@ def test_bad_input(name: str):
 
 
 # Values are not read in a compiled region; kinds, dtypes and shapes are.
-UNSEEN_WHEN_COMPILED = {"varlen cu short", "varlen lengths differ"}
+UNSEEN_WHEN_COMPILED = {"varlen cu short", "varlen cu ends early", "varlen cu ends late", "varlen lengths differ"}
 TRACED = [
     "heads",
     "value",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sm_flex import log_mass, remask
-from sm_flex.epilogue.remask import log_mass_grad
+from sm_flex.epilogue.remask import epilogue, log_mass_grad
+from sm_flex.mass.table import Mass
 from sm_flex.testing import oracle
 
 INF = math.inf
@@ -59,6 +60,24 @@ def test_gradients_where_shares_are_0_or_1():
         assert torch.isfinite(grad).all()
     assert lse.grad is not None
     assert lse.grad[2] == pytest.approx(0.5 + 2 * 0.25)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_nan_in_a_fully_masked_row_goes_no_further(in_place: bool):
+    """Kernels leave what they like in such a row: 0 comes out of it, and gradients of 0."""
+    out, lse = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5)
+    lse[0, 1, 2], out[0, 1, 2] = -INF, math.nan
+    mass = torch.randn(3, 5, requires_grad=True)
+    new_out, new_lse = epilogue(out.clone(), lse, Mass(mass.detach()), in_place=in_place)
+    assert new_lse is not None
+    assert torch.isfinite(new_out).all()
+    assert not new_out[0, 1, 2].any()
+    out.requires_grad_()
+    lse.requires_grad_()
+    torch.testing.assert_close(remask(out, lse, mass), (new_out, new_lse))
+    for grad in torch.autograd.grad(remask(out, lse, mass)[0].sum(), (out, lse, mass)):
+        assert torch.isfinite(grad).all()
+        assert grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -216,6 +216,7 @@ def test_the_epilogue_takes_the_table_where_the_kernel_would_not_know_of_the_sin
     assert not torch.allclose(expected, torch.logaddexp(lse, without))
 
 
+@pytest.mark.card("the compiler's code for CUDA")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MASSES)
 @pytest.mark.parametrize("compiled", [False, True])

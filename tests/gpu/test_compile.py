@@ -23,18 +23,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:torch"),
 ]
 BF16 = torch.bfloat16
+COMPILED = "the compiler's code for CUDA"
 
 
 def problem(rows: int, dim: int = 64, dtype: torch.dtype = BF16) -> list[Tensor]:
     return [*qkv(2, 6, 2, rows, rows, dim, dtype, DEVICE), gamma_of(6, dtype, DEVICE)]
 
 
+@pytest.mark.card(COMPILED)
 @pytest.mark.parametrize("backend", ["AUTO", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"])
 def test_engines_learned_and_through_lse(backend: str):
     run = torch.compile(flex_with_lse(backend, length=200), fullgraph=True)
     assert_matches_eq11(run, problem(139), {"length": 200}, with_lse_grad=True)
 
 
+@pytest.mark.card(COMPILED)
 def test_not_learned_with_positions():
     """The kernel that works log M out by itself, inside the graph; torch.compile sees a tensor gamma."""
     positions = torch.cat([torch.arange(58), torch.arange(81)]).to(DEVICE)
@@ -42,6 +45,7 @@ def test_not_learned_with_positions():
     assert_matches_eq11_with_gamma_fixed(torch.compile(flex_with_lse("AUTO", **kwargs), fullgraph=True), problem(139), kwargs)
 
 
+@pytest.mark.card(COMPILED)
 def test_masked():
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, attn_mask: Tensor) -> tuple[Tensor, None]:
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, score_mod=stablemask(gamma, length=80)), None
@@ -54,6 +58,7 @@ def test_masked():
         torch._dynamo.reset()
 
 
+@pytest.mark.card(COMPILED)
 def test_varlen():
     lengths = [3, 0, 149, 1, 46]
     cu, ids, positions = documents(lengths, DEVICE)
@@ -90,6 +95,7 @@ def graphs(run: Callable[..., Tensor], inputs: list[list[Any]]) -> int:
 ROWS = (64, 100, 33, 257, 130)
 
 
+@pytest.mark.usefixtures("plain_epilogue")
 @pytest.mark.parametrize("backend", ["AUTO", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
 def test_at_most_three_graphs_over_five_lengths(backend: str):
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,6 +106,7 @@ def test_at_most_three_graphs_over_five_lengths(backend: str):
     assert graphs(run, inputs) <= 3
 
 
+@pytest.mark.usefixtures("plain_epilogue")
 def test_at_most_three_graphs_over_five_lengths_of_a_cache():
     def step(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         mask = stablemask(gamma, length=600, positions=positions)
@@ -110,6 +117,7 @@ def test_at_most_three_graphs_over_five_lengths_of_a_cache():
     assert graphs(step, inputs) <= 3
 
 
+@pytest.mark.card(COMPILED)
 def test_every_dimension_dynamic():
     """dynamic=True asks it of heads and head dim too: the engine is still chosen while tracing."""
     compiled = torch.compile(flex_with_lse("AUTO", length=200), fullgraph=True, dynamic=True)
@@ -117,6 +125,7 @@ def test_every_dimension_dynamic():
         assert_matches_eq11(compiled, problem(rows), {"length": 200})
 
 
+@pytest.mark.usefixtures("plain_epilogue")
 @pytest.mark.parametrize("heads", [None, 4])
 def test_a_new_gamma_does_not_recompile(heads: int | None):
     def run(q: Tensor, mask: Any) -> Tensor:
@@ -128,6 +137,7 @@ def test_a_new_gamma_does_not_recompile(heads: int | None):
     assert graphs(run, [[q, mask] for mask in masks]) == 1
 
 
+@pytest.mark.card(COMPILED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flex_inner_score_mod(dtype: torch.dtype):
     bias = alibi_bias(6, 199).to(DEVICE)
@@ -135,6 +145,7 @@ def test_flex_inner_score_mod(dtype: torch.dtype):
     assert_matches_eq11(run, problem(199, dtype=dtype), {"length": 240, "bias": bias}, with_lse_grad=True)
 
 
+@pytest.mark.card(COMPILED)
 def test_flex_captured_tensor_gets_its_gradient():
     """A learned bias for each key of each head."""
 
@@ -155,6 +166,7 @@ def test_flex_captured_tensor_gets_its_gradient():
     )
 
 
+@pytest.mark.card(COMPILED)
 @pytest.mark.parametrize("learned", [True, False])
 def test_flex_block_mask_of_documents_and_window(learned: bool):
     _, ids, positions = documents([3, 149, 1, 46], DEVICE)
@@ -181,6 +193,7 @@ def test_flex_block_mask_of_documents_and_window(learned: bool):
     check(torch.compile(run, fullgraph=True), problem(199), {**kwargs, "visible": visible}, with_lse_grad=True)
 
 
+@pytest.mark.card(COMPILED)
 def test_flex_largest_score_of_a_row():
     """max_scores is the largest entry of the row of A_SM: real scores left of the diagonal, -j gamma right of it."""
     q, k, v, gamma = problem(199)

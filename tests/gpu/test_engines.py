@@ -1,6 +1,7 @@
 """Every CUDA engine against the oracle: out, lse, dq, dk, dv, d gamma, and the gradient through lse."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from sm_flex import flex_attention, stablemask
 from sm_flex.testing import assert_matches_eq11, oracle
+from sm_flex.testing.gradients import Attention
 from tests.helpers.gpu import DEVICE, HALF, assert_matches_eq11_with_gamma_fixed, name_of
 from tests.helpers.problems import flex_with_lse, gamma_of, qkv
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_tile")]
 
 KERNELS = [
     *(("FLASH_ATTENTION", dtype) for dtype in HALF),
@@ -34,6 +36,14 @@ def takes(backend: str, rows: int, dim: int) -> bool:
     return rows > 1 or backend != "CUDNN_ATTENTION"
 
 
+def flex(backend: str, **kwargs: Any) -> Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> tuple[Tensor, None]:
+        options = {"enable_gqa": True, "kernel_options": {"BACKEND": backend}}
+        return flex_attention(q, k, v, score_mod=stablemask(gamma, **kwargs), **options), None
+
+    return run
+
+
 def problem(rows: int, keys: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
     return [*qkv(2, 6, 2, rows, keys, dim, dtype, DEVICE), gamma_of(6, dtype, DEVICE)]
 
@@ -45,7 +55,8 @@ def problem(rows: int, keys: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
 )
 @pytest.mark.parametrize("learned", [True, False])
 def test_square(backend: str, dtype: torch.dtype, rows: int, dim: int, learned: bool):
-    run = flex_with_lse(backend, length=200)
+    """cuDNN has no room for the columns of a gradient of lse above head_dim 120: there it is out alone."""
+    run = (flex_with_lse if backend != "CUDNN_ATTENTION" or dim <= 120 else flex)(backend, length=200)
     check = assert_matches_eq11 if learned else assert_matches_eq11_with_gamma_fixed
     check(run, problem(rows, rows, dim, dtype), {"length": 200})
 

@@ -115,6 +115,7 @@ def test_log_mass_from_a_table(shape: tuple[int, ...], dtype: torch.dtype):
     assert_right(out, lse, Mass(table), *both_ways(out, lse, Mass(table)))
 
 
+@pytest.mark.card("a profile of CUDA")
 @pytest.mark.parametrize("name", ["a number", "positions (B, S)", "documents"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_one_launch(name: str, in_place: bool):
@@ -175,6 +176,7 @@ def test_skipping_changes_no_bit(dtype: torch.dtype):
     assert changed[0, 1, rows // 3 :: rows].all()
 
 
+@pytest.mark.card("a CPU keeps the payload of a NaN")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_saturated_tiles_are_not_written(dtype: torch.dtype):
     """A NaN with a payload: multiplied and stored it becomes the canonical NaN, so that bits that stay were never written.

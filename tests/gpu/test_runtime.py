@@ -21,6 +21,7 @@ from tests.helpers.watching import Operations
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("one_tile"),
     # What torch says of its own prototypes (synchronisation debugging) and of its compiler.
     pytest.mark.filterwarnings("ignore::Warning:torch"),
 ]
@@ -102,6 +103,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+@pytest.mark.card("synchronisations of CUDA")
 @pytest.mark.parametrize("name", CASES)
 def test_no_host_synchronisation(name: str):
     """Once its kernels are built, neither forward nor backward waits for the device."""
@@ -119,6 +121,7 @@ def test_no_host_synchronisation(name: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.card("CUDA graphs")
 @pytest.mark.parametrize("name", CASES)
 def test_cuda_graph(name: str):
     """Forward and backward captured once, replayed on other values."""
@@ -213,6 +216,7 @@ def test_checkpoint(engine: str, run: Callable[..., Tensor], calls: int):
     assert operations.ran.count(OPS[engine]) == calls
 
 
+@pytest.mark.card("the compiler's code for CUDA")
 @pytest.mark.parametrize("engine", ["FLASH_ATTENTION", "varlen"])
 def test_compiled_selective_checkpoint(engine: str, fresh_compiler: None):
     def run(x: Tensor, w: Tensor) -> Tensor:
@@ -233,6 +237,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.card("torch's own function takes other ops on a CPU")
 @pytest.mark.parametrize(("kernel", "backend"), KERNELS)
 def test_flops_are_those_of_torchs_own_causal_call(kernel: SDPBackend, backend: str):
     q, k, v = leaves(2, 131, 131, 6)
@@ -248,6 +253,7 @@ def test_flops_are_those_of_torchs_own_causal_call(kernel: SDPBackend, backend: 
     assert count(partial(flex_attention, score_mod=MASK, kernel_options={"BACKEND": backend})) == expected > 0
 
 
+@pytest.mark.card("CUDA's memory statistics")
 @pytest.mark.parametrize(
     ("gamma_is_learned", "ratio"),
     # d gamma multiplies grad_out and out in float32, before the kernel's own buffers are there.

@@ -13,7 +13,7 @@ from sm_flex.testing.gradients import Attention
 from tests.helpers.gpu import DEVICE, HALF, assert_matches_eq11_with_gamma_fixed, name_of
 from tests.helpers.problems import documents, gamma_of, packed, qkv, unpacked
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_tile")]
 LENGTHS = [3, 0, 149, 1, 46]
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests on a GPU."""
+"""Shared by the tests on a GPU, or where there is none on the model of its kernels (cuda_model)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sm_flex.testing.gradients import Attention, OracleKwargs, assert_matches_eq11
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-import sm_flex_transformers  # noqa: F401  (registers stablemask)
+import sm_flex_transformers  # noqa: F401  (registers stablemask and sm_flex)
 from sm_flex import headwise_gamma
 from sm_flex.testing import oracle
 
@@ -60,26 +60,44 @@ def eq_11(
     scaling: float | None = None,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
 
-    A float mask is of the model's own making, and says by itself who sees whom.
+    A float mask is of the model's own making: it says by itself who sees whom, and adds to the scores of what is seen.
     """
     by_the_model = mask is not None and mask.dtype != torch.bool
-    visible = mask == 0 if mask is not None and by_the_model else mask
+    visible, bias = mask, 0 if position_bias is None else position_bias
+    if mask is not None and by_the_model:
+        visible = mask > torch.finfo(mask.dtype).min
+        bias = bias + mask.masked_fill(~visible, 0)
+    if position_ids is not None and position_ids.dim() != 2:
+        assert gamma == float("inf")  # no position counts
+        position_ids = None
     if position_ids is not None:
         position_ids = position_ids[:, -query.shape[2] :]
         if query.shape[2] == key.shape[2] and not by_the_model:
             document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
             same = document[:, None, :, None] == document[:, None, None, :]
             visible = same if visible is None else visible & same
-    bias = None
     if softcap is not None:
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        bias = torch.tanh(scores / softcap) * softcap - scores
+        bias = bias + torch.tanh(scores / softcap) * softcap - scores
+    if not isinstance(bias, Tensor):
+        bias = None
     out, _ = oracle(
-        query, key, value, gamma=gamma, length=length, positions=position_ids, visible=visible, bias=bias, scale=scaling
+        query,
+        key,
+        value,
+        gamma=gamma,
+        length=length,
+        positions=position_ids,
+        visible=visible,
+        bias=bias,
+        scale=scaling,
+        sink=sink,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -87,9 +105,11 @@ def eq_11(
 def oracle_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """Equation 11 with head-wise gamma, and the keys that a model's indexer selects."""
+    """Equation 11 with head-wise gamma, or inf, a model's own sinks, and the keys that its indexer selects."""
     setting = getattr(module.config, "stablemask", None) or COMMON["stablemask"]
-    assert setting["gamma"] == "headwise"
+    gamma = headwise_gamma(query.shape[1]) if setting["gamma"] == "headwise" else float("inf")
+    assert setting["gamma"] in ("headwise", gamma)
+    sinks = given["sinks"].squeeze(-1) if "sinks" in given else given.get("s_aux")
     indices, blocks = given.get("indices"), given.get("block_indices")
     if indices is not None:
         assert attention_mask is not None
@@ -100,10 +120,11 @@ def oracle_attention(
             blocks, attention_mask, key.shape[2], query.dtype, query.device, given["position_ids"]
         )
     out = eq_11(
-        query, key, value, gamma=headwise_gamma(query.shape[1]), length=setting["length"], mask=attention_mask,
+        query, key, value, gamma=gamma, length=setting["length"], mask=attention_mask,
         scaling=given.get("scaling"), softcap=given.get("softcap"), position_ids=given.get("position_ids"),
+        position_bias=given.get("position_bias"), sink=sinks,
     )  # fmt: skip
-    return out, None
+    return out.to(query.dtype), None
 
 
 def full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -120,7 +141,8 @@ def agree(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def model_of(config: Any, attention: str = "stablemask", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    given = {"attn_implementation": attention, "experts_implementation": "eager"}  # the other experts know no float64
+    return AutoModelForCausalLM.from_config(config, **given).double().eval()
 
 
 def config_class(model_type: str) -> Any:

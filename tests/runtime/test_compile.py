@@ -197,8 +197,8 @@ def test_sdpa_kernel_inside_the_region():
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v))
 
 
-def test_the_aten_op_stays_visible():
-    """Selective checkpointing policies and FLOP counters find the kernel by its name in the graph."""
+def graphs_of(fn: Callable[..., Tensor], inputs: list[Tensor]) -> list[str]:
+    """The graphs of a training step, forward and backward, as AOTAutograd hands them to a compiler."""
     from functorch.compile import make_boxed_func  # pyright: ignore
     from torch._dynamo.backends.common import aot_autograd
 
@@ -208,8 +208,32 @@ def test_the_aten_op_stays_visible():
         graphs.append(graph.print_readable(print_output=False))
         return make_boxed_func(graph.forward)
 
-    compiled = torch.compile(plain, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    compiled(*rows(64)).sum().backward()
+    compiled = torch.compile(fn, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    out = compiled(*inputs)
+    out.backward(torch.empty_like(out))
+    return graphs
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD", "packed"])
+def test_a_training_step_does_not_copy_the_gradient_of_out(layout: str):
+    """Dynamo makes the gradients of a Function contiguous: it must return out as a projection leaves its gradient."""
+    attention, inputs = learned, rows(64, headwise_gamma(4).requires_grad_())
+    if layout == "packed":
+        attention, inputs = packed, packed_rows(64)
+    elif layout == "BSHD":
+        inputs[:3] = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[:3]]
+
+    def layer(w: Tensor, *inputs: Tensor) -> Tensor:
+        out = attention(*inputs)
+        return (out if layout == "packed" else out.transpose(1, 2)).flatten(-2) @ w
+
+    _, backward = graphs_of(layer, [torch.randn(64, 64, requires_grad=True), *inputs])
+    assert "aten.clone" not in backward
+
+
+def test_the_aten_op_stays_visible():
+    """Selective checkpointing policies and FLOP counters find the kernel by its name in the graph."""
+    graphs = graphs_of(plain, rows(64))
     assert "_scaled_dot_product_flash_attention_for_cpu.default" in graphs[0]
     assert "_scaled_dot_product_flash_attention_for_cpu_backward.default" in graphs[1]
     assert graphs[0].count("_scaled_dot_product_flash_attention_for_cpu.default(") == 1

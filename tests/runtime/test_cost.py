@@ -25,6 +25,7 @@ from tests.helpers.problems import leaves, qkv
 
 CPU = torch.device("cpu")
 Call = Callable[..., Any]
+VIEWS = ("aten::unsqueeze", "aten::detach", "aten::transpose")
 
 
 def operations(run: Callable[[], Any], shape: tuple[int, ...]) -> tuple[Counter[str], Counter[str]]:
@@ -36,7 +37,7 @@ def operations(run: Callable[[], Any], shape: tuple[int, ...]) -> tuple[Counter[
     for event in found.events() or []:
         parent = event.cpu_parent
         inside = parent is not None and parent.name.startswith("aten::")
-        if event.name.startswith("aten::") and not inside and event.name not in ("aten::unsqueeze", "aten::detach"):
+        if event.name.startswith("aten::") and not inside and event.name not in VIEWS:
             every[event.name] += 1
             large[event.name] += list(shape) in [list(x) for x in event.input_shapes]
     return every, +large

@@ -1,6 +1,8 @@
 """What can be known of the CUDA engines on a machine without one: that their calls fit torch's ops, and who is chosen."""
 
-from typing import Any
+import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sm_flex.engines import Call, Need, autograd, choose, efficient, torch_choice
+from sm_flex import score_mod
+from sm_flex.engines import Call, Forward, Need, autograd, choose, efficient, torch_choice, varlen_cpu
 from sm_flex.epilogue import remask as epilogue_module
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import HAS_TRITON
 from sm_flex.score_mod import stablemask
+from sm_flex.visibility.bias import fully_masked_rows
 
 CUDA = "cuda"
 fake_cuda = pytest.mark.skipif(
@@ -92,48 +96,109 @@ def test_flops_are_counted_as_torchs_own(engine: str):
     assert backward.get_total_flops() == backward_over_forward * forward.get_total_flops()
 
 
-class EfficientBackwardSpy(TorchDispatchMode):
-    """Notes the `out` that the memory-efficient backward is given."""
+ATTENTION = {
+    "flash": torch.ops.aten._scaled_dot_product_flash_attention.default,
+    "cudnn": torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "efficient": torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation, with the shape of its (first) result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.outs: list[Tensor] = []
+        self.outputs: list[tuple[Any, torch.Size]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._scaled_dot_product_efficient_attention_backward.default:
-            self.outs.append(args[5])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(first, Tensor):
+            self.outputs.append((func, first.shape))
+        return result
 
 
 @fake_cuda
-@pytest.mark.parametrize("lse_grad", [False, True])
-@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
-@pytest.mark.parametrize(
-    ("num_queries", "masked"), [(37, False), (37, True), (5, True)], ids=["square", "masked", "chunk against a cache"]
-)
-def test_the_efficient_backward_gets_out_in_the_memory_it_reads(
-    num_queries: int, masked: bool, layout: str, lse_grad: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """In half precision its kernel takes H * D for the stride of out's rows, whatever the tensor's strides say."""
-    monkeypatch.setattr(epilogue_module, "kernel", None)  # the epilogue in PyTorch, on fake tensors
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton the epilogue is plain PyTorch")
+@pytest.mark.parametrize(("engine", "rows"), [("efficient", 37), ("cudnn", 37), ("efficient", 5), ("flash", 41)])
+def test_the_epilogue_writes_into_the_engines_own_out(engine: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where rows may be fully masked: the kernel stores their 0, and nothing passes over out before it."""
+    given: list[Tensor] = []
 
-    def made(rows: int, heads: int) -> Tensor:
-        return fake(2, rows, heads, 64).transpose(1, 2) if layout == "BSHD" else fake(2, heads, rows, 64)
+    def launch(out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool) -> tuple[Tensor, Tensor]:
+        given.append(out)
+        return out, lse
 
+    monkeypatch.setattr(epilogue_module.kernel, "launch", launch)
     with FakeTensorMode(), torch.no_grad():
-        q, k, v = made(num_queries, 6), made(37, 3), made(37, 3)
-        bias = fake(1, 1, num_queries, 37) if masked else None
-        call = Call(q, k, v, bias, None, None, not masked, 0.1)
-        out, lse, state = autograd.forward("efficient", call, Mass(torch.empty(1, num_queries, device=CUDA)))
+        q, k, v = fake(2, 6, rows, 64), fake(2, 6, 37, 64), fake(2, 6, 37, 64)
+        bias = None if engine == "flash" else fake(1, 1, rows, 37)
+        call = Call(q, k, v, bias, None, None, bias is None, 0.1, may_be_masked=bias is None)
+        with Operations() as operations:
+            autograd.forward(engine, call, Mass(torch.empty(1, rows, device=CUDA)))
+    (out,) = given
+    assert out.shape == q.shape
+    assert [func for func, shape in operations.outputs if shape == out.shape] == [ATTENTION[engine]]
+
+
+def test_rows_after_the_last_document_add_nothing_to_the_gradient_of_gamma(monkeypatch: pytest.MonkeyPatch):
+    """FlashAttention leaves their out and lse as it found them: NaN, as likely as not."""
+
+    def poisoned(call: Call) -> Forward:
+        out, lse, state = varlen_cpu.forward(call)
+        assert call.cu_q is not None
+        beyond = slice(int(call.cu_q[-1]), None)
+        out[:, :, beyond], lse[:, :, beyond] = math.nan, math.nan
+        return out, lse, state
+
+    stand_in = SimpleNamespace(forward=poisoned, backward=varlen_cpu.backward)
+    monkeypatch.setitem(autograd.KERNELS, "varlen", cast("Any", stand_in))
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    q, k, v = (torch.randn(9, 4, 8, dtype=torch.float64) for _ in range(3))
+    q.requires_grad_()
+    gamma = torch.rand(4, dtype=torch.float64, requires_grad=True)
+
+    def gradients(engine: str, rows: int) -> tuple[Tensor, ...]:
+        call = Call(q[:rows], k[:rows], v[:rows], None, cu, cu, True, 0.3, max_q=4, max_k=4)
+        mass = stablemask(gamma, length=9).mass(q.device, rows, rows, torch.float64, cu)
+        out, lse = autograd.attend(engine, call, mass, return_lse=True)
         assert lse is not None
-        grad_out = torch.empty(2, 6, num_queries, 64, device=CUDA, dtype=q.dtype)
-        if lse_grad:
-            call, grad_out, out = autograd.widened(call, grad_out, out, torch.empty_like(lse))
-        with EfficientBackwardSpy() as spy:
-            autograd.KERNELS["efficient"].backward(call, grad_out, out, lse, state, masked)
-    (given,) = spy.outs
-    heads, dim = given.shape[1], given.shape[-1]
-    assert given.stride() == (num_queries * heads * dim, dim, heads * dim, 1)
+        return torch.autograd.grad(out[:, :, :7].cos().sum() + lse[:, :, :7].sum(), (q, gamma))
+
+    torch.testing.assert_close(gradients("varlen", 9), gradients("varlen_cpu", 7))
+
+
+@fake_cuda
+def test_fully_masked_rows_take_a_launch_or_two():
+    """Whatever the length: each block of rows would be half a dozen of them."""
+    with FakeTensorMode(), Operations() as operations:
+        masked = fully_masked_rows(fake(2, 1, 8192, 8192), causal=False)
+    assert masked.shape == (2, 1, 8192)
+    assert len(operations.outputs) <= 3
+
+
+@fake_cuda
+def test_a_number_reaches_the_device_by_a_fill():
+    """A copy from the host would wait for the device in every call whose StableMask is made in forward()."""
+    device = torch.device(CUDA)
+    masks = [stablemask(0.25, length=10, sink=0.5) for _ in range(2)]
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        for mask in masks:
+            assert mask.sink is not None
+            assert mask._on(device, "gamma", mask.gamma).device.type == CUDA
+            assert mask._on(device, "sink", mask.sink).device.type == CUDA
+    names = [str(func) for func, _ in operations.outputs]
+    assert sum("full" in name for name in names) == 4
+    assert not [name for name in names if "_to_copy" in name]
+
+
+def test_a_number_is_the_same_wherever_it_is_filled_in():
+    for number in (0.1, 0.0, math.inf, 1e-300):
+        gamma = score_mod._to_device(torch.tensor(number, dtype=torch.float64), torch.device("cpu"))
+        assert gamma.dtype == torch.float64
+        assert gamma.item() == number
+    learned = torch.tensor(0.5, requires_grad=True)
+    assert score_mod._to_device(learned, torch.device("cpu")).requires_grad
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: dict, **kwargs) -> str:
@@ -174,6 +239,25 @@ def chosen(monkeypatch: pytest.MonkeyPatch, torchs: SDPBackend, need: dict, **kw
 )
 def test_who_serves(backend: SDPBackend, need: dict, kwargs: dict, engine: str, monkeypatch: pytest.MonkeyPatch):
     assert chosen(monkeypatch, backend, need, **kwargs) == engine
+
+
+@fake_cuda
+@pytest.mark.parametrize(("impl", "major", "widest"), [(None, 10, 248), ("FA3", 9, 248), ("FA4", 9, 248), ("FA4", 10, 120)])
+def test_a_gradient_of_lse_stays_within_the_head_dims_of_the_active_flash_attention(
+    impl: str | None, major: int, widest: int, monkeypatch: pytest.MonkeyPatch
+):
+    """It widens 128 to 136, which FA4's kernels for compute capability 10 refuse."""
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: impl)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    for dim in (widest, widest + 8):
+        engine = "flash" if dim == widest else "dense"
+        assert chosen(monkeypatch, SDPBackend.FLASH_ATTENTION, {"lse_grad": True}, dim=dim) == engine
+        assert chosen(monkeypatch, SDPBackend.FLASH_ATTENTION, {}, dim=dim) == "flash"
+        with FakeTensorMode():
+            q = fake(7, 4, dim)
+            need = Need(q, q, q, packed=True)
+            assert choose.choose(need) == "varlen"
+            assert choose.choose(need._replace(lse_grad=True)) == ("varlen" if dim == widest else "dense")
 
 
 @fake_cuda

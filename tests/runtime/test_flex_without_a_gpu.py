@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from sm_flex.mass.closed_form import largest_pseudo_score
 from sm_flex.score_mod import stablemask
 from sm_flex.testing import assert_matches_eq11, oracle
-from sm_flex.visibility.blocks import narrow_block_mask
+from sm_flex.visibility import blocks
+from sm_flex.visibility.blocks import dense_blocks, narrow_block_mask
 from sm_flex.visibility.rows import block_mask_rows, causal_rows
 from tests.helpers.problems import qkv
 
@@ -40,8 +41,18 @@ def test_block_masks_are_narrowed_to_the_causal_slots(kind: str, num_queries: in
     seen = block_mask_rows(narrowed, num_queries, num_keys, heads, 1, ordered=False)(0, num_queries)
     assert torch.equal(seen.expand(1, heads, -1, -1), expected.expand(1, heads, -1, -1))
     # The lists of the backward say the same, transposed.
-    assert narrowed.q_num_blocks is not None
-    assert narrowed.q_num_blocks.sum() == narrowed.kv_num_blocks.sum()
+    block_q, block_kv = narrowed.BLOCK_SIZE
+    rows, columns = -(-num_queries // block_q), -(-num_keys // block_kv)
+    for of_rows, of_columns in (
+        ((narrowed.kv_num_blocks, narrowed.kv_indices), (narrowed.q_num_blocks, narrowed.q_indices)),
+        ((narrowed.full_kv_num_blocks, narrowed.full_kv_indices), (narrowed.full_q_num_blocks, narrowed.full_q_indices)),
+    ):
+        assert of_rows[0] is not None
+        assert of_columns[0] is not None
+        by_row = dense_blocks(of_rows[0], of_rows[1], columns)
+        by_column = dense_blocks(of_columns[0], of_columns[1], rows)
+        assert torch.equal(by_row, by_column.transpose(-1, -2))
+        assert sorted(of_columns[1].flatten().unique().tolist()) == list(range(rows))  # pyright: ignore
     if block_mask is None:
         # Nothing above the diagonal is listed, and below it blocks are full.
         assert narrowed.full_kv_num_blocks is not None
@@ -53,6 +64,40 @@ def test_narrowing_is_done_once_for_a_block_mask():
     device = torch.device("cpu")
     assert narrow_block_mask(block_mask, 64, 64, device) is narrow_block_mask(block_mask, 64, 64, device)
     assert narrow_block_mask(None, 64, 64, device) is narrow_block_mask(None, 64, 64, device)
+
+
+def test_a_narrowed_block_mask_may_be_handed_back():
+    """Narrowed once, a caller may keep it across layers and graphs. With another mask_mod or other lists it is another mask."""
+    device = torch.device("cpu")
+    block_mask = create_block_mask(lambda b, h, i, j: i - j < 30, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    for narrowed in (narrow_block_mask(block_mask, 64, 64, device), narrow_block_mask(None, 64, 64, device)):
+        assert narrow_block_mask(narrowed, 64, 64, device) is narrowed
+    narrowed = blocks._narrow(block_mask, 64, 64, device)
+    narrowed.mask_mod = lambda b, h, i, j: i - j < 7
+    again = narrow_block_mask(narrowed, 64, 64, device)
+    i, j = torch.arange(64).unsqueeze(1), torch.arange(64)
+    assert torch.equal(block_mask_rows(again, 64, 64, 1, 1, ordered=False)(0, 64)[0, 0], (j <= i) & (i - j < 7))
+
+
+@pytest.mark.parametrize(("kind", "sorts"), [("none", False), ("narrowed", False), ("window", True)])
+def test_compiled_code_sorts_no_blocks_of_the_causal_slots(kind: str, sorts: bool, fresh_compiler: None):
+    """In a graph nothing can be cached. The causal slots alone are ranges, and a mask that was narrowed stays as it is."""
+    window = create_block_mask(lambda b, h, i, j: i - j < 30, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    masks = {"none": None, "narrowed": narrow_block_mask(window, 64, 64, torch.device("cpu")), "window": window}
+    block_mask, graphs = masks[kind], []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def run(x: Tensor) -> Tensor:
+        narrowed = narrow_block_mask(block_mask, 64, 64, x.device)
+        assert narrowed.q_indices is not None
+        return x + narrowed.kv_indices.sum() + narrowed.q_indices.sum()
+
+    x = torch.zeros(())
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend=keep)(x), run(x))
+    assert ("argsort" in "".join(graphs)) == sorts
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

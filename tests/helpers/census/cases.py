@@ -14,7 +14,9 @@ from tests.helpers.census.probes import RECORD, Float64
 from tests.helpers.transformers_models import LENGTH, ragged, tokens
 
 TOO_LARGE = 20_000_000  # parameters
-GAMMAS = {"stablemask": "headwise", "causal": float("inf")}
+# What config.stablemask["gamma"] is under an attention of the census. Under any other there is no config.stablemask.
+GAMMAS: dict[str, Any] = {"stablemask": "headwise", "oracle": "headwise", "causal": float("inf"), "causal oracle": float("inf")}
+NAMES = {"causal": "stablemask", "causal oracle": "oracle"}  # under which Transformers knows them, where it is another
 CACHES = ("cache", "past_key_values", "cache_params")  # the names that a cache has had
 
 
@@ -50,7 +52,7 @@ class Case:
         raise NotBuilt("; ".join(dict.fromkeys(errors)))
 
     def model(self, attention: str) -> PreTrainedModel:
-        """attention: its name; "causal" is stablemask at gamma = inf."""
+        """attention: its name; "causal" is stablemask at gamma = inf, and "causal oracle" eq. 11 there."""
         if attention not in self.models:
             self.models[attention] = self._build(attention)
         return self.models[attention]
@@ -59,7 +61,7 @@ class Case:
         config: Any = copy.deepcopy(self.config)
         if attention in GAMMAS:  # of a composite model as of any other: on the config that the model is built from
             config.stablemask = {"gamma": GAMMAS[attention], "length": LENGTH}
-            attention = "stablemask"
+            attention = NAMES.get(attention, attention)
         torch.manual_seed(0)
         model = self.model_class._from_config(
             config, attn_implementation=attention, experts_implementation="eager", dtype=torch.float64

@@ -2,8 +2,9 @@
 
 JOBS is a list of {"name", "program", "argv", "both_ranks"}: program is the module to run, torchtitan.train or another, and
 both_ranks asks for the rows of two data-parallel ranks in one batch. RESULT.<rank>.json has for each name the losses and
-gradient norms of its steps, the keys and a checksum of its state dict and the classes of its attention, or how it was
-refused. Several jobs share one process, whose imports take longer than they do; none can make the mesh of another again.
+gradient norms of its steps, the keys and a checksum of its state dict, what it learned of gamma and the classes of its
+attention, or how it was refused. Several jobs share one process, whose imports take longer than they do; none can make the
+mesh of another again.
 """
 
 import contextlib
@@ -52,6 +53,7 @@ def recorded() -> Iterator[dict[str, Any]]:
         record["keys"] = sorted(whole)
         modules = [module for part in self.model_parts for module in part.modules()]
         record["attention"] = sorted({type(m.inner_attention).__name__ for m in modules if hasattr(m, "inner_attention")})
+        record["gamma_shift"] = [value.tolist() for key, value in sorted(whole.items()) if key.endswith("gamma_shift")]
         record["checksum"] = sum(x.double().abs().sum().item() for x in whole.values())
         close(self)
 

@@ -99,6 +99,15 @@ def test_each_row_of_a_batch_has_its_own_offset(checkout: Checkout) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_cache_can_be_read_without_new_keys(checkout: Checkout) -> None:
+    functions = functions_for(checkout, "0.5")
+    q, k_cache, v_cache = rows(B, 2, H), rows(B, 13, KV_HEADS), rows(B, 13, KV_HEADS)
+    with torch.no_grad():
+        ours = functions.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=torch.tensor([7] * B), causal=True)
+        expected = by_the_oracle(q, k_cache[:, :7], v_cache[:, :7], 0.5, -1, positions=torch.tensor([5, 6]))
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_into_one_graph(checkout: Checkout) -> None:
     gpt, _ = replaced(checkout, "headwise")
@@ -211,7 +220,7 @@ def test_what_the_functions_cannot_do_raises(checkout: Checkout) -> None:
     for causal, window_size in ((False, (-1, 0)), (True, (4, 1))):
         with pytest.raises(ValueError, match="causal must be True and the right window 0"):
             functions.flash_attn_func(q, k, k, causal=causal, window_size=window_size)
-    with pytest.raises(NotImplementedError, match="k, v and cache_seqlens are required"):
-        functions.flash_attn_with_kvcache(q, k, k, cache_seqlens=torch.tensor([2]), causal=True)
+    with pytest.raises(ValueError, match="cache_seqlens must be given with k and v"):
+        functions.flash_attn_with_kvcache(q, k, k, k=k, v=k, causal=True)
     with pytest.raises(BadInput, match="sequence_len is 17, and now 18"):
         functions.prepare(checkout.loaded("nanochat.gpt").GPTConfig(sequence_len=18), torch.device("cpu"))

@@ -18,8 +18,13 @@ REFUSED = {
     "no attention": ([], f"{ANY} nothing"),
     "unknown attention": (["--attn", "sdpa"], f"{ANY} sdpa"),
     "no value": (["--attn"], f"{ANY} nothing"),
-    "unknown flag": (["--attn.window=3"], "--attn.window is not known: --attn, --attn.gamma, --attn.length are"),
+    "unknown flag": (["--attn.window=3"], "--attn.window is not known: --attn, --attn.gamma, --attn.length, --attn.learned are"),
     "gamma of flex": (["--attn=flex", "--attn.gamma=1"], "--attn.gamma belongs to --attn stablemask, got --attn flex"),
+    "learned of flex": (["--attn=flex", "--attn.learned"], "--attn.learned belongs to --attn stablemask, got --attn flex"),
+    "learned": (
+        ["--attn=stablemask", "--attn.learned=yes"],
+        "--attn.learned is given as it is, or as True or False, got 'yes'",
+    ),
     "gamma": (["--attn=stablemask", "--attn.gamma=-1"], "--attn.gamma must be headwise, a number >= 0, or one for each head"),
     "length": (
         ["--attn=stablemask", "--attn.length", "2k"],
@@ -43,6 +48,8 @@ def command(*argv: str) -> list[str]:
     [
         (["--attn", "stablemask"], {"gamma": "headwise"}),
         (["--attn=stablemask", "--attn.gamma", ".50"], {"gamma": 0.5}),
+        (["--attn=stablemask", "--attn.learned"], {"gamma": "headwise", "learned": True}),
+        (["--attn=stablemask", "--attn.learned=False"], {"gamma": "headwise"}),
         (
             ["--attn", "stablemask", "--attn.gamma=1,0.25,inf", "--attn.length", "4096"],
             {"gamma": [1.0, 0.25, torch.inf], "length": 4096},

@@ -3,123 +3,49 @@
 The trainings run in processes of their own (titan_driver.py), one fixture for each number of them.
 """
 
-import importlib.util
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from sm_flex_torchtitan import train
-from tests.helpers import ROOT
-
-MISSING = [name for name in ("torchtitan", "triton") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING) or torch.__version__ < "2.14",
-    reason=f"needs torchtitan, Triton and torch 2.14, got torch {torch.__version__}, missing: {', '.join(MISSING) or 'nothing'}",
+from tests.helpers.titan.launch import (
+    ORACLE,
+    OURS,
+    STABLEMASK,
+    STOCK,
+    TOLERANCE,
+    Results,
+    assert_same,
+    far_from,
+    from_seed,
+    job,
+    needs_torchtitan,
+    override,
+    run,
 )
-STOCK, OURS = "torchtitan.train", "sm_flex_torchtitan.train"
-STABLEMASK = ["--attn", "stablemask"]
-TOLERANCE = 1e-4
+
+pytestmark = needs_torchtitan
 DEGREE = "--parallelism.{}_degree"
-
-Results = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of bytes, and the README's lines as documents, a few of them in each row of 256 tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("titan")
-    (folder / "tok").mkdir()
-    (folder / "text").mkdir()
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens(letters[-2:])
-    tokenizer.save(str(folder / "tok" / "tokenizer.json"))
-    (folder / "tok" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 40]
-    (folder / "text" / "train.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    return folder
-
-
-def run(folder: Path, jobs: list[dict[str, Any]], processes: int) -> list[Results]:
-    """Each process's results; jobs of one name are one training of all processes."""
-    name = f"of{processes}"
-    (folder / f"{name}.json").write_text(json.dumps(jobs))
-    env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "integrations", ROOT / "tests/helpers/titan"))),
-        "TITAN_DATA": str(folder), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "FIRST_PORT": str(free_ports()),
-    }  # fmt: skip
-    started = []
-    for rank in range(processes):
-        command = [sys.executable, str(ROOT / "tests/helpers/titan/titan_driver.py"), f"{name}.json", name]
-        with (folder / f"{name}.{rank}.log").open("w") as log:
-            ranked = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, cwd=folder, env=ranked, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        # Of two, one that stops leaves the other waiting.
-        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-            time.sleep(0.5)
-    finally:
-        for process in started:
-            process.kill()
-    codes = [process.wait() for process in started]  # below 0 of those that were killed
-    assert not any(codes), (folder / f"{name}.{codes.index(max(codes))}.log").read_text()[-4000:]
-    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(processes)]
-
-
-def free_ports() -> int:
-    """A port that is free, as those after it probably are."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1] - 50
-
-
-def job(
-    name: str, program: str, *argv: str, config: str = "llama3", module: str = "", folder: str = "", both_ranks: bool = False
-) -> dict[str, Any]:
-    """A training of titan_configs' config, or of a module's own debug model."""
-    chosen = (
-        ["--module", module, "--config", f"{module}_debugmodel"] if module else ["--module", "titan_configs", "--config", config]
-    )
-    argv = (*chosen, "--dump_folder", f"dump/{folder or name}", *argv)
-    return {"name": name, "program": program, "argv": argv, "both_ranks": both_ranks}
-
-
-def override(function: str, **kwargs: Any) -> list[str]:
-    return ["--override.imports", f"{function}={json.dumps(kwargs)}"]
-
-
-def from_seed(folder: Path) -> list[str]:
-    """Start from the stock model's weights."""
-    return ["--checkpoint.enable", "--checkpoint.initial_load_path", str(folder / "dump" / "seed" / "checkpoint" / "step-0")]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
-    seed, oracle = from_seed(folder), "titan_oracle.oracle_attention"
+    seed, learned = from_seed(folder), [*STABLEMASK, "--attn.learned", "--checkpoint.enable"]
     jobs = [
         job("seed", STOCK, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"),
         job("stablemask", OURS, *STABLEMASK, *seed),
         job("back in stock", STOCK, "--checkpoint.enable", folder="stablemask"),
-        job("oracle", STOCK, *seed, *override(oracle, gamma="headwise")),
-        job("causal", STOCK, *seed, *override(oracle, gamma=math.inf)),
+        job("oracle", STOCK, *seed, *override(ORACLE, gamma="headwise")),
+        job("causal", STOCK, *seed, *override(ORACLE, gamma=math.inf)),
         job("heavy", OURS, *STABLEMASK, "--attn.gamma", "0", "--attn.length=8192", *seed),
-        job("heavy oracle", STOCK, *seed, *override(oracle, gamma=0.0, length=8192)),
+        job("heavy oracle", STOCK, *seed, *override(ORACLE, gamma=0.0, length=8192)),
         job("varlen", OURS, *STABLEMASK, *seed, config="llama3_varlen"),
         job("qwen3", OURS, *STABLEMASK, config="qwen3"),
-        job("qwen3 oracle", STOCK, *override(oracle, gamma="headwise"), config="qwen3"),
+        job("qwen3 oracle", STOCK, *override(ORACLE, gamma="headwise"), config="qwen3"),
+        job("learned", OURS, *learned, "--checkpoint.interval", "2"),
+        job("resumed", OURS, *learned, "--checkpoint.load_step", "2", folder="learned"),
+        job("learned oracle", STOCK, *override(ORACLE, gamma="headwise", learned=True)),
         job("override", STOCK, *seed, *override("sm_flex_torchtitan.overrides.stablemask", gamma="headwise")),
         job("to varlen", OURS, "--attn", "varlen", "--training.steps", "0"),
         job("full", OURS, *STABLEMASK, *seed, "activation_checkpoint:full"),
@@ -130,21 +56,25 @@ def alone(folder: Path) -> Results:
         job("overrides", "titan_overrides"),
         job("gamma list", OURS, *STABLEMASK, "--attn.gamma", "0.5,0.25"),
         job("short length", OURS, *STABLEMASK, "--attn.length=100"),
-        job("gpt_oss", OURS, *STABLEMASK, module="gpt_oss"),
-        *[job(name, OURS, *STABLEMASK, module=name) for name in ("deepseek_v3", "flux")],
+        job("nothing to learn", OURS, *STABLEMASK, "--attn.learned", "--attn.gamma", "inf"),
+        job("flux", OURS, *STABLEMASK, module="flux"),
+        job("to hf", OURS, *learned, "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"),
+        job("from hf", OURS, *learned, "--checkpoint.initial_load_in_hf", module="deepseek_v3"),
     ]
     return run(folder, jobs, 1)[0]
 
 
 @pytest.fixture(scope="module")
 def together(folder: Path, alone: Results) -> list[Results]:
-    seed = from_seed(folder)
+    seed, step_2 = from_seed(folder), str(folder / "dump" / "learned" / "checkpoint" / "step-2")
+    resumed = ["--attn.learned", "--checkpoint.enable", "--checkpoint.initial_load_path", step_2]
+    resumed += ["--checkpoint.no-initial_load_model_only"]  # the optimizer and the place in the text too
     jobs = [
         job(
-            "tensor parallel", OURS, *STABLEMASK, *seed, DEGREE.format("tensor_parallel"), "2", "--debug.spmd_typechecking",
+            "tensor parallel", OURS, *STABLEMASK, *resumed, DEGREE.format("tensor_parallel"), "2", "--debug.spmd_typechecking",
             "activation_checkpoint:full",
         ),
-        job("context parallel", OURS, *STABLEMASK, *seed, DEGREE.format("context_parallel"), "2"),
+        job("context parallel", OURS, *STABLEMASK, *resumed, DEGREE.format("context_parallel"), "2"),
         job(
             "sharded data", OURS, *STABLEMASK, *seed, DEGREE.format("data_parallel_shard"), "2",
             "--training.local_batch_size", "1", config="llama3_varlen",
@@ -155,20 +85,6 @@ def together(folder: Path, alone: Results) -> list[Results]:
         ),
     ]  # fmt: skip
     return run(folder, jobs, 2)
-
-
-def far_from(a: list[float], b: list[float]) -> float:
-    """The largest relative difference of two lists of losses."""
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """The losses to a relative 1e-4, and gradient norms and parameters of the same training."""
-    steps = len(a["losses"])
-    assert steps > 1
-    assert far_from(a["losses"], b["losses"][:steps]) < TOLERANCE
-    assert far_from(a["grad_norms"], b["grad_norms"][:steps]) < 10 * TOLERANCE
-    assert steps < len(b["losses"]) or a["checksum"] == pytest.approx(b["checksum"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["stablemask", "varlen", "override", "full", "none", "compiled"])
@@ -215,27 +131,52 @@ def test_selective_checkpointing_saves_the_attention(alone: Results):
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
-        ("tensor parallel", "stablemask"),
-        ("context parallel", "stablemask"),
+        ("tensor parallel", "resumed"),
+        ("context parallel", "resumed"),
         ("sharded data", "both ranks"),
         ("pipeline", "stablemask"),
     ],
 )
 def test_two_processes_are_one(name: str, reference: str, alone: Results, together: list[Results]):
+    """Under tensor and context parallelism with a learned gamma, whose parameter is sharded as the heads are, or by FSDP."""
     first, last = [results[name] for results in together]
     expected = alone[reference]
     if name == "pipeline":
         # The loss is the last stage's, and each has half of the parameters.
         first = {**last, "checksum": first["checksum"] + last["checksum"]}
     assert_same(first, expected)
+    for shift, expected_shift in zip(first["gamma_shift"], expected["gamma_shift"], strict=True):
+        assert shift == pytest.approx(expected_shift, abs=1e-6)
+
+
+def test_a_learned_gamma_learns_as_eq_11_says(alone: Results):
+    learned, oracle = alone["learned"], alone["learned oracle"]
+    assert learned["losses"][0] == pytest.approx(alone["stablemask"]["losses"][0], rel=1e-6)  # it starts at the fixed gamma
+    assert learned["losses"][1] != alone["stablemask"]["losses"][1]
+    assert far_from(learned["losses"], oracle["losses"]) < TOLERANCE
+    assert len(learned["gamma_shift"]) == 2  # layers
+    for shift, expected in zip(learned["gamma_shift"], oracle["gamma_shift"], strict=True):
+        assert max(map(abs, shift)) > 0.01
+        assert shift == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(alone: Results):
+    """The learned gamma, and the one that it counts from, are in the checkpoint; a fixed one is not."""
+    learned, resumed = alone["learned"], alone["resumed"]
+    assert resumed["losses"] == learned["losses"][2:]
+    assert [resumed[key] for key in ("checksum", "gamma_shift")] == [learned[key] for key in ("checksum", "gamma_shift")]
+    of_gamma = [f"layers.{i}.attention.inner_attention.{name}" for i in range(2) for name in ("gamma", "gamma_shift")]
+    assert learned["keys"] == sorted([*alone["stablemask"]["keys"], *of_gamma])
 
 
 REFUSALS = {
     "gamma list": "gamma must have one number for each of the model's 16 query heads, got 2: [0.5, 0.25]",
     "short length": "length must be at least training.seq_len, 256, got 100: leave it out for 256",
-    "deepseek_v3": "must be torchtitan's GQAttention, as in llama3 and qwen3, got torchtitan.models.deepseek_v3.model.Attention",
-    "gpt_oss": "must be torchtitan's GQAttention, as in llama3 and qwen3, got torchtitan.models.gpt_oss.model.Attention",
-    "flux": "must be torchtitan's GQAttention, as in llama3 and qwen3, got torchtitan.models.flux.model.layers.DoubleStreamBlock",
+    "nothing to learn": "gamma must be above 0 and finite where it is learned, since it stays positive, got inf",
+    "to hf": "--checkpoint.last_save_in_hf cannot be used with --attn.learned: what it writes would lack gamma",
+    "from hf": "--checkpoint.initial_load_in_hf of deepseek_v3 cannot be used with --attn.learned: torchtitan stops at its keys",
+    "flux": "the model's attention must be that of llama3 and qwen3, deepseek_v3 and kimi_k2_7, gpt_oss, muse_glimmer, qwen3_5, "
+    "got torchtitan.models.flux.model.layers.DoubleStreamBlock",
 }
 
 
@@ -258,4 +199,13 @@ def test_kwargs_that_the_override_refuses(alone: Results):
         "TypeError: length must be an int, the training length, got 2.5",
         "ValueError: length must be at least training.seq_len, 131072, got 0: leave it out for 131072",
         "ValueError: inner_attention must be one of torchtitan's flex, flex_flash, varlen, got ScaledDotProductAttention.Config",
+        "TypeError: learned must be true or false, got 1",
+        "ValueError: gamma must be above 0 and finite where it is learned, since it stays positive, got [0.5, 0]",
+        "TypeError: positions must be those in the document, (B, L), got (1, 8, 3): 3-D ones go on varlen",
+        "TypeError: out_transform is served where it applies the model's sinks, and nothing else",
     ]
+
+
+def test_layers_that_predict_further_tokens_have_it_too(alone: Results):
+    layers = [*[f"layers.{i}" for i in range(6)], "mtp_layers.0"]
+    assert alone["overrides"]["mtp"] == [f"model_spec.model.{layer}.attention" for layer in layers]

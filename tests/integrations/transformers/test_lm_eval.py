@@ -107,5 +107,5 @@ def test_a_model_that_runs_another_attention_is_refused(folder: Path) -> None:
     done = harness(folder, f"pretrained={folder}/model")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
-        "error: the model runs sdpa, not stablemask: give attn_implementation=stablemask in --model_args"
+        "error: the model runs sdpa, not stablemask or sm_flex: give attn_implementation=stablemask in --model_args"
     )

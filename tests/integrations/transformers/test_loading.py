@@ -209,6 +209,7 @@ def test_layers_with_other_numbers_of_heads_each_get_their_own() -> None:
         stablemask={"gamma": "headwise", "length": 9}, num_attention_heads=4, num_attention_heads_per_layer=[4, 6]
     )
     for layer, heads in ((0, 4), (1, 6)):
-        gamma, length = settings.read(config, layer, torch.device("cpu"))
-        assert torch.equal(gamma, headwise_gamma(heads).double())
-        assert length == 9
+        asked = settings.read(config, layer, torch.device("cpu"))
+        assert asked is not None
+        assert torch.equal(asked.gamma, headwise_gamma(heads).double())
+        assert asked.length == 9

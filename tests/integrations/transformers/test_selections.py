@@ -98,9 +98,9 @@ def call(**kwargs: Any) -> Any:
     ("keyword", "why"),
     [
         ({"tree_of_tokens": torch.ones(1)}, "LlamaAttention hands its attention tree_of_tokens=, which stablemask does not know"),
-        ({"sinks": torch.zeros(6)}, r"has attention sinks \(sinks\)"),
-        ({"s_aux": torch.zeros(6)}, r"has attention sinks \(s_aux\)"),
-        ({"position_bias": torch.zeros(1, 6, 5, 5)}, r"has a bias on the scores \(position_bias\)"),
+        ({"position_bias": torch.zeros(1, 3, 5, 5)}, r"has a bias on the scores \(position_bias\) of shape \(1, 3, 5, 5\)"),
+        ({"position_bias": torch.zeros(5, 5)}, r"takes \(B, H, S, T\), here \(1, 6, 5, 5\)"),
+        ({"position_bias": torch.zeros(1, 6, 5, 5), "softcap": 2.0}, "has soft-capping and a bias on the scores"),
         (
             {"indices": torch.zeros(5, dtype=torch.int32)},
             r"selects keys by indices of shape \(5,\): stablemask takes \(B, S, K\)",
@@ -117,7 +117,7 @@ def test_keywords_that_ask_for_nothing_change_nothing() -> None:
     torch.manual_seed(0)
     plain = call()
     torch.manual_seed(0)
-    harmless = dict.fromkeys(keywords.HARMLESS, 1) | {"cu_seq_lens_q": None, "unknown": None, "other": False}
+    harmless = dict.fromkeys(keywords.HARMLESS, 1) | {"sliding_window": 5, "cu_seq_lens_q": None, "unknown": None, "other": False}
     assert torch.equal(call(**harmless), plain)
 
 

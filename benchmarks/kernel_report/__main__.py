@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.kernel_report.cli import main
+
+sys.exit(main())
