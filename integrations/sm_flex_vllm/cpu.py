@@ -5,7 +5,6 @@ Whatever the kernel serves is served: chunks, prefix caching, windows, soft capp
 
 # pyright: reportMissingImports=false
 
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -145,9 +144,16 @@ class StableMaskCPUImpl(StableMaskLayer, CPUAttentionBackendImpl):
         for run, tiles in step.runs:
             here = slice(run.first, run.last)
             self._attend(layer, query[here], output[here], caches, step.tile_call(run, kv_heads), None)
-            means = self._mean_keys(run, key)
+            # Soft capping changes each score by itself, so that a mean of keys says nothing of it.
+            short = self.sliding_window == -1 or run.last - run.first <= self.sliding_window
+            keys = None if key is None or not self._own_keys_are_seen() else key
+            earlier, request = None, -1
             for tile in tiles:
-                self._bring_in_the_mass(layer, query, key, means.get(tile.request), output, caches, step, table, tile)
+                # The end of one request and others behind it may be one tile: they do not see its keys.
+                earlier = earlier if tile.request == request and len(tile.ends) == 1 else None
+                self._bring_in_the_mass(layer, query, keys, earlier, output, caches, step, table, tile)
+                if keys is not None and short and not self.logits_soft_cap:
+                    earlier, request = cpu_batch.with_these(earlier, keys[tile.first : tile.last]), tile.request
         if step.rows:
             masses = tables.add_sinks(table[step.row_positions], self.sinks).unbind()
             for (row, where), mass in zip(step.rows, masses, strict=True):
@@ -158,25 +164,12 @@ class StableMaskCPUImpl(StableMaskLayer, CPUAttentionBackendImpl):
         """Whether the keys of this step are what its rows see of themselves: not another layer's, nor rounded by the cache."""
         return self.kv_sharing_target_layer_name is None and not self.is_fp8_kv_cache
 
-    def _mean_keys(self, run: Tile, key: Tensor | None) -> dict[int, tuple[int, Any]]:
-        """Of the requests of several tiles, by number: the first row, and the mean of the keys up to each row."""
-        found = {}
-        for i, (first, last) in enumerate(pairwise(run.starts)):
-            rows = last - first
-            whole = self.sliding_window == -1 or rows <= self.sliding_window
-            # Soft capping changes each score by itself, so that their mean says nothing.
-            known = self._own_keys_are_seen() and not self.logits_soft_cap
-            if key is not None and known and whole and rows > cpu_batch.TILE_ROWS:
-                here = slice(run.first + first, run.first + last)
-                found[run.request + i] = (here.start, cpu_batch.mean_keys(key[here]))
-        return found
-
     def _bring_in_the_mass(
         self,
         layer: Any,
         query: Tensor,
         key: Tensor | None,
-        means: tuple[int, Any] | None,
+        earlier: cpu_batch.Earlier | None,
         output: Tensor,
         caches: Any,
         step: Step,
@@ -187,13 +180,8 @@ class StableMaskCPUImpl(StableMaskLayer, CPUAttentionBackendImpl):
         here, group = slice(tile.first, tile.last), self.num_queries_per_kv
         masses = tables.add_sinks(step.masses(table, tile), self.sinks)
         lse = None
-        if key is not None and self._own_keys_are_seen():
-            of_tile = None
-            if means is not None:
-                first, (mean_key, seen) = means
-                rows = slice(tile.first - first, tile.last - first)
-                of_tile = mean_key[rows], seen[rows]
-            lse = cpu_batch.least_lse(query[here], key[here], self.scale, of_tile)
+        if key is not None:
+            lse = cpu_batch.least_lse(query[here], key[here], self.scale, earlier)
             lse = cpu_batch.soft_capped(lse, self.logits_soft_cap) if self.logits_soft_cap else lse
         needed = cpu_batch.kv_heads_of(cpu_batch.heads_that_need_it(masses, lse, query.dtype), group)
         if needed is None:

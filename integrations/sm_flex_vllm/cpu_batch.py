@@ -14,6 +14,7 @@ call is made only for heads of which some row's mass can still change the output
 Dimension letters: R rows, H query heads, D head dim.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 # A request of so few rows is a call a row.
 FEW_ROWS = 2
 # Of a long prompt the heads that need the second call are asked for every so many rows: the mass fades with the position.
-TILE_ROWS = 256
+TILE_ROWS = 128
 # 1 - s below this leaves s * o as it is: half an ulp of 1.
 HALF_ULP = {torch.float32: 2.0**-25, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
@@ -106,36 +107,37 @@ def heads_that_need_it(log_mass_RH: Tensor, least_lse_RH: Tensor | None, dtype: 
     return ((log_mass_RH - least_lse_RH).exp() > HALF_ULP[dtype]).any(0).tolist()
 
 
-def mean_keys(key_RKD: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one request's rows: the mean of the keys up to each row, float32 (R, K, D), and how many they are, (R,)."""
-    seen_R = torch.arange(1, key_RKD.shape[0] + 1, dtype=torch.float32)
-    return key_RKD.cumsum(0, dtype=torch.float32) / seen_R.view(-1, 1, 1), seen_R
+class Earlier(NamedTuple):
+    """Keys of the same step and request that every row of a tile sees: their mean, float32 (K, D), and how many they are."""
+
+    mean_KD: Tensor
+    keys: int
 
 
-def least_lse(query_RHD: Tensor, key_RKD: Tensor, scale: float, means: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def with_these(earlier: Earlier | None, key_RKD: Tensor) -> Earlier:
+    """And the keys of the tile itself, for the next one."""
+    mean, count = earlier or (torch.zeros(key_RKD.shape[1:]), 0)
+    total = count + key_RKD.shape[0]
+    return Earlier((mean * count + key_RKD.sum(0, dtype=torch.float32)) / total, total)
+
+
+def least_lse(query_RHD: Tensor, key_RKD: Tensor, scale: float, earlier: Earlier | None = None) -> Tensor:
     """A lower bound of each row's log-sum-exp, float32 (R, H), from some of the keys that the row sees.
 
     It sees its own key, so lse >= its own score. By Jensen's inequality lse >= log m + the mean score of m keys, which is the
     score with their mean.
-
-    Args:
-        means: mean_keys() of the same rows. None: the own key alone is used.
     """
-    scores = _scores(query_RHD, key_RKD, scale)
-    if means is None:
-        return scores
-    mean_key_RKD, seen_R = means
-    return torch.maximum(scores, _scores(query_RHD, mean_key_RKD, scale) + seen_R.log().unsqueeze(1))
+    rows, heads, dim = query_RHD.shape
+    grouped = query_RHD.view(rows, key_RKD.shape[1], -1, dim)
+    lse = (grouped * key_RKD.unsqueeze(2)).sum(-1, dtype=torch.float32) * scale
+    if earlier is not None:
+        of_mean = (grouped * earlier.mean_KD.to(query_RHD.dtype).unsqueeze(1)).sum(-1, dtype=torch.float32) * scale
+        lse = torch.maximum(lse, of_mean + math.log(earlier.keys))
+    return lse.view(rows, heads)
 
 
 def soft_capped(scores: Tensor, soft_cap: float) -> Tensor:
     return torch.tanh(scores / soft_cap) * soft_cap
-
-
-def _scores(query_RHD: Tensor, key_RKD: Tensor, scale: float) -> Tensor:
-    rows, heads, dim = query_RHD.shape
-    grouped = query_RHD.view(rows, key_RKD.shape[1], -1, dim)
-    return (grouped * key_RKD.unsqueeze(2)).sum(-1, dtype=torch.float32).view(rows, heads) * scale
 
 
 def kv_heads_of(needed: list[bool], group: int) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ def register():
 
 def two_ranks(llama: Path, reference: Any, environment: dict[str, str]) -> engines.Agreement:
     asked = engines.prompts()
-    settings: Any = {"tensor_parallel_size": 2, "max_num_batched_tokens": 160}
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "max_num_batched_tokens": 160}
     return engines.agreement(reference, asked, engines.greedy_in_a_process(llama, asked, 12, environment, **settings))
 
 

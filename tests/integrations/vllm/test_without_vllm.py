@@ -115,14 +115,18 @@ def test_a_head_that_is_left_out_would_not_have_changed(dtype: torch.dtype, soft
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_the_bound_of_the_log_sum_exp_is_one(scale: float) -> None:
-    rows, heads = 50, 8
+    """For the rows of a tile behind two others."""
+    rows, heads, first = 50, 8, 30
     q, k = torch.randn(rows, heads, 16), torch.randn(rows, 2, 16) + 1
     scores = torch.einsum("qhd,khd->qhk", q, k.repeat_interleave(heads // 2, 1)) * scale
-    lse = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1)[:, None], -torch.inf).logsumexp(-1)
-    one, many = (cpu_batch.least_lse(q, k, scale, means) for means in (None, cpu_batch.mean_keys(k)))
-    assert (many <= lse + 1e-4 * lse.abs()).all()
-    assert (one <= many).all()
-    assert scale > 0.1 or (lse - many).max() < 0.5 < (lse - one).max()
+    lse = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1)[:, None], -torch.inf).logsumexp(-1)[first:]
+    earlier = cpu_batch.with_these(cpu_batch.with_these(None, k[:11]), k[11:first])
+    assert earlier.keys == first
+    torch.testing.assert_close(earlier.mean_KD, k[:first].mean(0))
+    alone, bound = (cpu_batch.least_lse(q[first:], k[first:], scale, x) for x in (None, earlier))
+    assert (bound <= lse + 1e-4 * lse.abs()).all()
+    assert (alone <= bound).all()
+    assert scale > 0.1 or (lse - bound).max() < 1 < (lse - alone).max()
 
 
 @pytest.mark.parametrize(("needed", "expected"), [([], None), ([5], (1, 2)), ([2, 5], (0, 2)), ([0, 11], (0, 3))])
