@@ -55,6 +55,7 @@ def number_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": "FLASH_ATTENTION"})  # pyright: ignore
 
 
+@pytest.mark.card("what synchronises")
 def test_a_number_made_a_mask_in_the_call_waits_for_nothing():
     inputs = leaves(131)
     grad_out = torch.randn_like(number_inside(*inputs))
@@ -68,6 +69,7 @@ def test_a_number_made_a_mask_in_the_call_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.card("CUDA graphs")
 def test_a_number_made_a_mask_in_the_call_is_recorded_by_a_cuda_graph():
     inputs = [x.detach() for x in leaves(131)]
     stream = torch.cuda.Stream()
@@ -85,6 +87,7 @@ def test_a_number_made_a_mask_in_the_call_is_recorded_by_a_cuda_graph():
     torch.testing.assert_close(out, number_inside(*inputs))
 
 
+@pytest.mark.card("torch's own function takes other ops on a CPU")
 @pytest.mark.parametrize("plain_first", [True, False])
 def test_masked_cudnn_beside_plain_masked_attention(plain_first: bool):
     """cuDNN keeps its graphs by the shape of a call: out must lie as in torch's own, or one of the two gets the other's."""
@@ -116,6 +119,7 @@ def test_masked_cudnn_beside_plain_masked_attention(plain_first: bool):
         torch.testing.assert_close(actual.double(), reference, atol=2**-5, rtol=2**-5)
 
 
+@pytest.mark.card("a launch of 65,536 tiles, which the interpreter would run one by one")
 def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     """2^20 rows at head_dim 256 are 65,536 tiles, one more than CUDA takes there."""
     pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
@@ -129,6 +133,7 @@ def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     torch.testing.assert_close(new_lse, torch.full_like(lse, 2.0).log())
 
 
+@pytest.mark.card("the bounds of documents on a CPU are checked")
 def test_rows_after_the_last_document_leave_the_gradient_of_gamma_alone():
     cu = torch.tensor([0, 60, 100], dtype=torch.int32, device=DEVICE)
 
