@@ -27,7 +27,6 @@ def leaves(rows: int) -> list[Tensor]:
     return [x.requires_grad_() for x in qkv(2, 6, 6, rows, rows, 64, BF16, DEVICE)]
 
 
-@pytest.mark.card("the compiler's code for CUDA")
 @pytest.mark.parametrize("backend", [*BACKENDS, "varlen"])
 def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fresh_compiler: None):
     """The compile did not end where the head dim was a symbol."""
@@ -40,11 +39,11 @@ def test_every_dimension_dynamic_on_an_engine_asked_for_by_name(backend: str, fr
             return varlen_attn(*args, window_size=(-1, 0), score_mod=mask)  # pyright: ignore[reportReturnType]
         return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": backend})  # pyright: ignore
 
-    compiled = torch.compile(run, dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile(run, dynamic=True, fullgraph=True)
     for rows in (131, 66):
-        inputs = leaves(rows)
-        arguments = [*inputs, documents([rows // 2, rows - rows // 2], DEVICE)[0]]
-        expected, actual = run(*arguments), compiled(*arguments)
+        inputs, cu = leaves(rows), documents([rows // 2, rows - rows // 2], DEVICE)[0]
+        q, k, v = inputs
+        expected, actual = run(q, k, v, cu), compiled(q, k, v, cu)
         torch.testing.assert_close(actual, expected, atol=2**-7, rtol=2**-7)
         grad = torch.randn_like(expected)
         for a, b in zip(*(torch.autograd.grad(x, inputs, grad) for x in (actual, expected)), strict=True):
@@ -56,7 +55,7 @@ def number_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flex_attention(q, k, v, score_mod=mask, kernel_options={"BACKEND": "FLASH_ATTENTION"})  # pyright: ignore
 
 
-@pytest.mark.card("synchronisations of CUDA")
+@pytest.mark.card("what synchronises")
 def test_a_number_made_a_mask_in_the_call_waits_for_nothing():
     inputs = leaves(131)
     grad_out = torch.randn_like(number_inside(*inputs))
@@ -120,7 +119,7 @@ def test_masked_cudnn_beside_plain_masked_attention(plain_first: bool):
         torch.testing.assert_close(actual.double(), reference, atol=2**-5, rtol=2**-5)
 
 
-@pytest.mark.card("65,536 programs")
+@pytest.mark.card("a launch of 65,536 tiles, which the interpreter would run one by one")
 def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     """2^20 rows at head_dim 256 are 65,536 tiles, one more than CUDA takes there."""
     pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
@@ -134,7 +133,7 @@ def test_rows_beyond_what_the_second_dimension_of_a_grid_holds():
     torch.testing.assert_close(new_lse, torch.full_like(lse, 2.0).log())
 
 
-@pytest.mark.card("the bounds of documents are checked on a CPU")
+@pytest.mark.card("the bounds of documents on a CPU are checked")
 def test_rows_after_the_last_document_leave_the_gradient_of_gamma_alone():
     cu = torch.tensor([0, 60, 100], dtype=torch.int32, device=DEVICE)
 
