@@ -16,8 +16,8 @@ def check_is_stablemask(score_mod: Any, function: str) -> None:
     """Where torch's own function of that name has no score_mod at all."""
     if not isinstance(score_mod, StableMask):
         raise TypeError(
-            f"score_mod of {function} must be a StableMask or None, got {type(score_mod).__name__}: torch's has no score_mod; "
-            "use flex_attention, or stablemask(..., score_mod=...)"
+            f"score_mod of {function} must be a StableMask or None, got {type(score_mod).__name__}: pass "
+            "stablemask(gamma, length=N), and a function on the scores as stablemask(..., score_mod=...), or use flex_attention"
         )
 
 

@@ -105,8 +105,8 @@ def read(
     left, right = read_window(window_size)
     if score_mod is not None:
         check_is_stablemask(score_mod, function)
-        if not causal or right > 0:
-            raise ValueError(f"causal must be True and the right window 0 with a StableMask, got {causal} and {window_size}")
+        if not causal:
+            raise ValueError("causal must be True with a StableMask, got False: pass causal=True")
         if score_mod.score_mod is not None and (softcap > 0 or alibi_slopes is not None):
             name = "softcap" if softcap > 0 else "alibi_slopes"
             raise NotImplementedError(f"{name} beside a StableMask with a score_mod of its own: put both into that score_mod")

@@ -207,6 +207,12 @@ def test_positions_tables_and_an_inner_score_mod_go_through(window: int) -> None
         assert_same(ours, torch.stack(expected), [q, k, v, sink])
 
 
+def test_causal_leaves_a_window_no_right_side_with_a_stablemask_either() -> None:
+    q, mask = torch.randn(2, 7, 2, 5), stablemask(0.2, length=9)
+    ours, left = (flash_attn.flash_attn_func(q, q, q, causal=True, window_size=(3, n), score_mod=mask) for n in (2, 0))
+    torch.testing.assert_close(ours, left)
+
+
 def test_without_a_length_n_is_that_of_the_call() -> None:
     q = torch.randn(2, 7, 2, 5)
     for window in (-1, 3):
