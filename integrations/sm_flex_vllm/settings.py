@@ -30,7 +30,7 @@ class Settings:
     def __init__(self, vllm_config: Any) -> None:
         from sm_flex_transformers import settings as reader
 
-        self._read = reader.read
+        self._reader = reader
         self._rank, self._ranks = _tensor_parallel()
         model = vllm_config.model_config
         reader.hand_down_first(model.hf_config)
@@ -59,12 +59,11 @@ class Settings:
     def _asked(self, index: int) -> tuple[int, Tensor, int]:
         """(heads of the whole model, gamma, N) of a layer."""
         config = self._config
-        asked = self._read(config, index, torch.device("cpu"))
-        assert asked is not None, "the plugin serves what has a config.stablemask"
+        asked = self._reader.read(config, index, torch.device("cpu"))
+        assert asked is not None, "None is for Transformers' own attention by the name sm_flex"
         if getattr(config, "is_heterogeneous", False):
             config = config.per_layer_config[index]
-        per_layer = getattr(config, "num_attention_heads_per_layer", None)
-        return config.num_attention_heads if per_layer is None else per_layer[index], asked.gamma, asked.length
+        return self._reader.num_heads(config, index), asked.gamma, asked.length
 
     def __str__(self) -> str:
         heads, lengths = (" to ".join(map(str, sorted({min(x), max(x)}))) for x in (self.total_heads, self.lengths))

@@ -8,13 +8,22 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm runs these tests")
 pytestmark = pytest.mark.vllm
 
+from sm_flex_vllm import cpu_batch
 from tests.helpers import vllm_engines as engines
 
 GPT_OSS: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "sliding_window": engines.WINDOW,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    },
 }
 # gpt-oss has learned sinks, windows and full layers.
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gpt_oss": GPT_OSS}
@@ -30,8 +39,16 @@ def test_the_same_to_the_bit(tmp_path: Path, model_type: str) -> None:
     assert answers[0] == answers[1]
 
 
-def test_learned_sinks_beside_gamma(tmp_path: Path) -> None:
-    """gpt-oss with stablemask: the mass of both, as its own attention would have it were its sinks those of each row."""
-    folder = engines.save(tmp_path, "gpt_oss", stablemask="default", **GPT_OSS)
-    model = engines.gpt_oss_with_mass(folder)
-    engines.check(folder, model, count=8, lengths=(1, 7, 100, 129, 200), max_num_batched_tokens=160)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_two_calls_are_as_near_as_a_call_for_each_row(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for each row, with the mass as the kernel's sinks, is eq. 11 itself. gpt-oss: the mass beside its learned sinks."""
+    folder = engines.save(tmp_path, model_type, **MODELS[model_type])
+    model = engines.gpt_oss_with_mass(folder) if model_type == "gpt_oss" else engines.transformers_model(folder)
+    asked, worst = engines.prompts((1, 7, 100, 129, 200)), []
+    for rows in (cpu_batch.FEW_ROWS, 1000):
+        monkeypatch.setattr(cpu_batch, "FEW_ROWS", rows)
+        with engines.engine(folder, max_num_batched_tokens=160) as llm:
+            found = engines.agreement(model, asked, engines.greedy(llm, asked, 8))
+        assert found.equal == len(asked)
+        worst.append(found.worst)
+    assert worst[0] < 1.5 * worst[1] < 1e-3
