@@ -29,7 +29,8 @@ class Spans(NamedTuple):
         keys = torch.arange(num_keys, device=self.slot.device)
 
         def rows(start: int, end: int) -> Tensor:
-            low, high = [x.reshape(-1, 1, x.shape[-1], 1)[:, :, start:end] for x in (self.low, self.high)]
+            tables = [x if x.dim() == 2 else x.unsqueeze(0) for x in (self.low, self.high)]
+            low, high = [x[:, None, start:end, None] for x in tables]
             return (keys >= low) & (keys < high)
 
         return rows
