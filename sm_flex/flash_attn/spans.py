@@ -62,4 +62,5 @@ def document_spans(cu_q: Tensor, cu_k: Tensor, num_queries: int, left: int, righ
     rows = torch.arange(num_queries, device=cu_q.device)
     document = document_of(rows, cu_q)
     first, end = cu_k[document].long(), cu_k[document + 1].long()
+    end = torch.where(rows < cu_q[-1], end, first)  # rows after the last document, if any, see nothing
     return spans_of(rows - cu_q[document + 1] + end, first, end, left, right), document

@@ -7,6 +7,7 @@ import torch
 
 from sm_flex.engines import dense
 from sm_flex.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from sm_flex.visibility.rows import document_rows
 from tests.helpers.flash_attn import reference
 from tests.helpers.watching import Largest
 
@@ -83,3 +84,20 @@ def test_a_softcap_beyond_float32_is_refused(softcap: float) -> None:
     q = torch.randn(1, 3, 2, 8)
     with pytest.raises(ValueError, match="softcap must be within the range of float32, or 0 for none, got"):
         flash_attn_func(q, q, q, softcap=softcap)
+
+
+@pytest.mark.parametrize("options", [{"window_size": (9, 1)}, {"softcap": 2.0}, {"alibi_slopes": torch.ones(2)}], ids=str)
+def test_compiled_rows_after_the_last_document_see_nothing(options: dict[str, Any]) -> None:
+    """Eagerly they are refused; a trace knows no values of cu_seqlens."""
+    torch._dynamo.reset()
+    q, cu = torch.randn(9, 2, 8), torch.tensor([0, 3, 7]).int()
+    ours = torch.compile(lambda q, cu: flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, **options), fullgraph=True, backend="eager")
+    out = ours(q, cu)
+    torch.testing.assert_close(out[:7], flash_attn_varlen_func(q[:7], q[:7], q[:7], cu, cu, 4, 4, **options))
+    assert (out[7:] == 0).all()
+
+
+def test_the_dense_engine_leaves_out_rows_and_keys_after_the_last_document() -> None:
+    cu = torch.tensor([0, 3, 7]).int()
+    seen = document_rows(cu, cu, 9, 9, -1, -1)(0, 9)
+    assert torch.equal(seen, torch.block_diag(torch.ones(3, 3), torch.ones(4, 4), torch.zeros(2, 2)).bool())
