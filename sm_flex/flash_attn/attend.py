@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from sm_flex.checks.fits import check_mask_fits
 from sm_flex.dispatch import attend, attend_packed
-from sm_flex.engines import Need, choose, dense, flex
+from sm_flex.engines import Need, choose, cpu, dense, flex
 from sm_flex.engines.varlen import to_bhsd, to_thd
 from sm_flex.flash_attn.request import Request
 from sm_flex.flash_attn.spans import Spans, at, document_spans, spans_of
@@ -34,10 +34,11 @@ def attend_batch(q: Tensor, k: Tensor, v: Tensor, request: Request, *, return_ls
     q_BHSD, k_BHTD, v_BHTD = [x.transpose(1, 2) for x in (q, k, v)]
     full = left == -1 and (right == -1 or num_queries == 1)
     on_torch = full or (left == -1 and right == 0 and num_queries == num_keys)
+    # On a CPU torch's own holds S x T scores where the value's head dim differs; ours does not.
+    on_torch = on_torch and (q.device.type != "cpu" or q.shape[-1] == v.shape[-1] or num_queries < cpu.FEW_QUERIES)
     if on_torch and request.plain and not return_lse and (request.dropout_p == 0 or q.is_cuda):
-        options: Any = {"scale": request.scale, "enable_gqa": heads != k.shape[2]}
-        out = F.scaled_dot_product_attention(q_BHSD, k_BHTD, v_BHTD, None, request.dropout_p, not full, **options)
-        return out.transpose(1, 2), None
+        return _attend_on_torch(q_BHSD, k_BHTD, v_BHTD, request, causal=not full).transpose(1, 2), None
+    options: Any
     shift = num_keys - num_queries
     slot = torch.arange(num_queries, device=q.device) + shift
     mask = mask_of(request, q, num_keys, None if shift == 0 else slot.clamp(min=0))
@@ -53,6 +54,17 @@ def attend_batch(q: Tensor, k: Tensor, v: Tensor, request: Request, *, return_ls
         spans, options = spans_of(slot, 0, num_keys, left, right), {"aligned": right == 0, "return_lse": return_lse}
         out, lse = attend_spans(q_BHSD, k_BHTD, v_BHTD, mask, inner, spans, request, **options)
     return out.transpose(1, 2), lse
+
+
+def _attend_on_torch(q_BHSD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, request: Request, *, causal: bool) -> Tensor:
+    scale = request.scale
+    if scale is not None and scale <= 0:  # torch's causal kernel for CPUs gives NaN: q takes the scale instead
+        q_BHSD, scale = q_BHSD * scale, 1.0
+    # A bool also where dynamic shapes make of the comparison a symbol, which torch does not take.
+    grouped = True if q_BHSD.shape[1] != k_BHTD.shape[1] else False  # noqa: SIM210
+    options: Any = {"scale": scale, "enable_gqa": grouped}
+    with no_autocast(q_BHSD.device):
+        return F.scaled_dot_product_attention(q_BHSD, k_BHTD, v_BHTD, None, request.dropout_p, causal, **options)
 
 
 def _attend_rows_as_documents(q: Tensor, k: Tensor, v: Tensor, mask: StableMask, request: Request, return_lse: bool) -> Result:
@@ -137,7 +149,7 @@ def attend_spans(
             options |= {"block_mask": block_mask, "kernel_options": {}, "max_scores": False}
             out, lse, _ = flex.attend(q_BHSD, k_BHTD, v_BHTD, alone, mass, **options)
             return out, lse
-        options |= {"aligned": aligned, "score_mod": inner, "dropout_p": request.dropout_p, "reads": request.slopes}
+        options |= {"aligned": aligned, "score_mod": inner, "dropout_p": request.dropout_p}
         table = mass.table(num_queries, score_dtype(q_BHSD))
         return dense.attend(q_BHSD, k_BHTD, v_BHTD, table, spans.rows(num_keys), **options)
 
@@ -185,7 +197,8 @@ def score_mod_of(request: Request, slot: Tensor, q: Tensor, k: Tensor, document:
     cap = None
     if request.softcap > 0:
         cap = torch.full((), request.softcap, device=q.device, dtype=score_dtype(q))
-    slopes = None if request.slopes is None else request.slopes.to(score_dtype(q))
+    # A copy, since the backward computes the scores again, and the caller may have written to theirs by then.
+    slopes = None if request.slopes is None else request.slopes.to(score_dtype(q), copy=True)
     of_document = document is not None and slopes is not None and slopes.dim() == 2
     if slopes is not None and of_document:
         slopes = slopes[document]

@@ -219,7 +219,7 @@ def _check_per_sequence(name: str, x: Tensor, q: Tensor) -> None:
 
 def _check_held(held: int | Tensor, pad: Tensor | None, new: int, slots: int) -> None:
     """Values of a GPU's tensor are not looked at."""
-    if isinstance(held, Tensor) and not readable(held):
+    if isinstance(held, Tensor) and not (readable(held) and held.numel()):
         return
     least, most = (int(held.min()), int(held.max())) if isinstance(held, Tensor) else (held, held)
     if least < 0 or most + new > slots:

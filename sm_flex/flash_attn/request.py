@@ -37,6 +37,7 @@ WAYS_OUT = {
     "s_aux": "pass learnable_sink=",
     "score_mod_bwd": "score_mod is a StableMask, which has its gradient",
 }
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class Request(NamedTuple):
@@ -99,6 +100,8 @@ def read(
     check_scale(softmax_scale)
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or softcap != softcap:
         raise TypeError(f"softcap must be a number, got {softcap!r}")
+    if softcap > 0 and not FLOAT32.tiny <= softcap <= FLOAT32.max:
+        raise ValueError(f"softcap must be within the range of float32, or 0 for none, got {softcap!r}")
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")

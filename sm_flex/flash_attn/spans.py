@@ -29,7 +29,8 @@ class Spans(NamedTuple):
         keys = torch.arange(num_keys, device=self.slot.device)
 
         def rows(start: int, end: int) -> Tensor:
-            low, high = [x.reshape(-1, 1, x.shape[-1], 1)[:, :, start:end] for x in (self.low, self.high)]
+            tables = [x if x.dim() == 2 else x.unsqueeze(0) for x in (self.low, self.high)]
+            low, high = [x[:, None, start:end, None] for x in tables]
             return (keys >= low) & (keys < high)
 
         return rows
@@ -61,4 +62,5 @@ def document_spans(cu_q: Tensor, cu_k: Tensor, num_queries: int, left: int, righ
     rows = torch.arange(num_queries, device=cu_q.device)
     document = document_of(rows, cu_q)
     first, end = cu_k[document].long(), cu_k[document + 1].long()
+    end = torch.where(rows < cu_q[-1], end, first)  # rows after the last document, if any, see nothing
     return spans_of(rows - cu_q[document + 1] + end, first, end, left, right), document

@@ -102,7 +102,8 @@ def document_rows(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, w
         q = torch.arange(start, end, device=cu_q.device)
         document_q = document_of(q, cu_q)
         slot = (q - cu_q[document_q + 1] + cu_k[document_q + 1]).unsqueeze(1)
-        seen = document_q.unsqueeze(1) == document_kv
+        # Rows after the last document, if any, see nothing, and nobody sees the keys after it.
+        seen = (document_q.unsqueeze(1) == document_kv) & (q < cu_q[-1]).unsqueeze(1) & (kv < cu_k[-1])
         if right != -1:
             seen = seen & (kv <= slot + right)
         return seen if window == -1 else seen & (kv >= slot - window)
