@@ -94,6 +94,18 @@ def test_a_cache_that_keeps_more_than_the_window(name: str, attention: str) -> N
         agree(torch.cat(parts, 1), model_of(config, {"stablemask": "oracle", "sm_flex": "sdpa"}[attention])(ids).logits)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+@NAMES
+def test_one_row_of_positions_packs_every_sequence_of_a_batch(attention: str, cache: bool) -> None:
+    config = CONFIGS["mistral"]()
+    config.stablemask = config.stablemask if attention == "stablemask" else None
+    model, lengths, ids = model_of(config, attention), [5, 11, 3], tokens(2, 19)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, dim=1)], 1)
+        agree(model(ids, position_ids=positions, use_cache=cache).logits, alone)
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_dropout_is_applied_within_the_window(name: str) -> None:
     """The engines for packed rows have none: the call falls back on a mask, and the seed alone decides."""
