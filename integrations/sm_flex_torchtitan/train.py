@@ -38,11 +38,13 @@ def _take(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         raise SystemExit(0)
     flags: dict[str, str] = {}
     rest = []
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         flag, equals, value = word.partition("=")
         if flag in FLAGS:
-            flags[flag] = value if equals or flag == "--attn.learned" else next(words, "")
+            takes_next = not equals and words and (flag != "--attn.learned" or words[0] in ("True", "False"))
+            flags[flag] = words.pop(0) if takes_next else value
         elif flag.startswith("--attn"):
             raise BadInput(f"{flag} is not known: {', '.join(FLAGS)} are")
         else:

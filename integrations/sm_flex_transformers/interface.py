@@ -73,6 +73,15 @@ def passes_its_window(model_type: str) -> bool:
     return model_type not in _OTHERS and _passes_its_window(model_type)
 
 
+@torch._dynamo.assume_constant_result
+def leaves_its_window_out(code: str) -> bool:
+    """Whether a layer names a window that its model never puts into a mask (OLMoE): its own attention sees every key.
+
+    code: the name of the Python module that the layer's class stands in.
+    """
+    return code.startswith("transformers.") and _leaves_its_window_out(code)
+
+
 @functools.cache
 def tells_its_masks_positions(model_type: str) -> bool:
     """Whether a model hands its mask functions position_ids, by which Transformers keeps packed documents apart."""
@@ -103,6 +112,13 @@ def _passes_its_window(model_type: str) -> bool:
     return bool(sources) and all(re.search(WINDOW, source) for source in sources)
 
 
+@functools.cache
+def _leaves_its_window_out(code: str) -> bool:
+    source = _text(code) or ""
+    made = set(re.findall(r"\bcreate_\w*mask\w*(?=\()", source))
+    return re.search(WINDOW, source) is not None and made == {"create_causal_mask"}
+
+
 def _sources(model_type: str) -> list[str]:
     """Of the models of a type that are Transformers' own."""
     return [_source(model) or "" for model in _models(model_type) if model.__module__.startswith("transformers.")]
@@ -124,8 +140,12 @@ def _is_composite(model: type[PreTrainedModel]) -> bool:
 
 @functools.cache
 def _source(model: type[nn.Module]) -> str | None:
+    return _text(model.__module__)
+
+
+def _text(code: str) -> str | None:
     try:
-        return inspect.getsource(sys.modules[model.__module__])
+        return inspect.getsource(sys.modules[code])
     except (KeyError, OSError, TypeError):
         return None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sm_flex_transformers import forwards, keywords, masks, windows
-from sm_flex_transformers.interface import extends_its_mask, layer_of, tells_its_masks_positions
+from sm_flex_transformers.interface import extends_its_mask, layer_of, leaves_its_window_out, tells_its_masks_positions
 
 
 class Rows(NamedTuple):
@@ -74,7 +74,8 @@ def read(
     if bounds is not None and len(bounds) > 2 and seen.visible is None and documents is None:
         raise ValueError("cu_seq_lens_q needs position_ids that restart in each document: pass those too")
     selected = keywords.selected_keys(module, given, attention_mask, at, query, num_keys)
-    window = windows.width(given.get("sliding_window"), attention_mask, num_keys)
+    named = None if leaves_its_window_out(type(module).__module__) else given.get("sliding_window")
+    window = windows.width(named, attention_mask, num_keys)
     if window is not None and documents is None and bias is None and selected is None and num_queries < num_keys:
         key, value = [x[:, :, max(0, num_keys - num_queries - window + 1) :] for x in (key, value)]
         window = window if num_queries > 1 else None

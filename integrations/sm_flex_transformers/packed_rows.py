@@ -44,6 +44,9 @@ def attend(query: Tensor, rows: Rows, mask: StableMask, scale: float | None) -> 
     else:
         assert rows.documents.cu_seqlens is not None, "serves() asks for them"
         cu_q = cu_k = rows.documents.cu_seqlens
+        if rows.documents.starts_BP.shape[0] < batch:  # one row of positions for every sequence
+            first = torch.arange(batch, dtype=torch.int32, device=query.device)[:, None] * num_queries
+            cu_q = cu_k = torch.cat([cu_q[:1], (first + cu_q[1:]).flatten()])
     options: Any = {"scale": scale, "enable_gqa": True, "window_size": (-1 if rows.window is None else rows.window - 1, 0)}
     out: Any = varlen_attn(q, k, v, cu_q, cu_k, num_queries, num_keys, **options, score_mod=mask)
     return out.unflatten(0, (batch, num_queries)).contiguous()

@@ -114,3 +114,12 @@ def test_help(capsys: pytest.CaptureFixture[str]):
 def test_the_benchmark_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line = refusal(lambda: titan_speed.main(["--steps", "1", "--out", str(tmp_path)]), capsys)
     assert line == "python -m benchmarks.titan_speed: error: --steps must be at least 2, got 1"
+
+
+@pytest.mark.parametrize(
+    "said", [["--attn.learned", "False"], ["--attn.learned", "True"], ["--attn.learned=True"], ["--attn.learned"]]
+)
+def test_learned_may_be_said_in_one_word_or_two(said: list[str]) -> None:
+    flags, rest = train._take(["--attn", "stablemask", *said, "--module", "llama3"])
+    assert rest == ["--module", "llama3"]
+    assert train._stablemask(flags).get("learned", False) is (said[-1] != "False")

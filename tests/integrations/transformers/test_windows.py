@@ -1,16 +1,17 @@
 """Sliding windows and packed rows without a mask: the rows that they had with one, and no tensor of S x T elements."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MistralForCausalLM
+from transformers import MistralForCausalLM, OlmoeConfig
 from transformers.cache_utils import DynamicCache
 
 from sm_flex_transformers import interface
 from tests.helpers.census.cases import Case
-from tests.helpers.transformers_models import CONFIGS, WINDOW, agree, cache_name, model_of, ragged, tokens
+from tests.helpers.transformers_models import COMMON, CONFIGS, WINDOW, agree, cache_name, model_of, ragged, tokens
 
 NAMES = pytest.mark.parametrize("attention", ["sm_flex", "stablemask"])
 
@@ -92,6 +93,29 @@ def test_a_cache_that_keeps_more_than_the_window(name: str, attention: str) -> N
         parts = [model(part, **{cache_name(model): cache}).logits for part in ids.split([6, 1, 1, 9, 1, 1, 6], dim=1)]
         agree(torch.cat(parts, 1), model(ids, use_cache=False).logits)
         agree(torch.cat(parts, 1), model_of(config, {"stablemask": "oracle", "sm_flex": "sdpa"}[attention])(ids).logits)
+
+
+def test_a_window_that_the_model_puts_into_no_mask_is_left_out() -> None:
+    """OLMoE hands its attention config.sliding_window, and its own attention sees every key all the same."""
+    config = OlmoeConfig(**COMMON, num_key_value_heads=3, num_experts=2, num_experts_per_tok=1)
+    config.stablemask, config.sliding_window = None, WINDOW
+    ids, logits = tokens(2, 25), []
+    for attention in ("sm_flex", "sdpa"):
+        with torch.no_grad():
+            logits.append(model_of(copy.deepcopy(config), attention)(ids).logits)
+    agree(*logits)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@NAMES
+def test_one_row_of_positions_packs_every_sequence_of_a_batch(attention: str, cache: bool) -> None:
+    config = CONFIGS["mistral"]()
+    config.stablemask = config.stablemask if attention == "stablemask" else None
+    model, lengths, ids = model_of(config, attention), [5, 11, 3], tokens(2, 19)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, dim=1)], 1)
+        agree(model(ids, position_ids=positions, use_cache=cache).logits, alone)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
