@@ -89,7 +89,8 @@ def _check_settings(model: PreTrainedModel, name: str | None) -> None:
 
 def _warn_if_asked(config: Any) -> None:
     """A model that was trained with StableMask and loaded without its name runs as a plain causal one."""
-    if settings.of(config) is None or config.get_text_config()._attn_implementation in NAMES:
+    # "vllm": the model runs inside vLLM, whose plugin (sm_flex_vllm) serves StableMask or refuses.
+    if settings.of(config) is None or config.get_text_config()._attn_implementation in (*NAMES, "vllm"):
         return
     logger.warning_once(
         f"config.stablemask is set on this {config.model_type} model, but it is built with another attention and runs without "
