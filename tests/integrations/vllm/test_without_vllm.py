@@ -129,6 +129,19 @@ def test_the_bound_of_the_log_sum_exp_is_one(scale: float) -> None:
     assert scale > 0.1 or (lse - bound).max() < 1 < (lse - alone).max()
 
 
+@pytest.mark.parametrize("dtype", cpu_batch.HALF_ULP)
+def test_the_bound_holds_where_keys_share_a_large_part(dtype: torch.dtype) -> None:
+    """As with a bias on the keys: each product is large, and one that its dtype rounds would be off by more than 1."""
+    rows, heads = 20, 4
+    q, k = (torch.randn(rows, heads, 64) * 8).to(dtype), (torch.randn(rows, 2, 64) + torch.randn(64) * 100).to(dtype)
+    scores = torch.einsum("qhd,khd->qhk", q.double(), k.double().repeat_interleave(2, 1)) * 0.125
+    lse = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1)[:, None], -torch.inf).logsumexp(-1)
+    alone = cpu_batch.least_lse(q, k, 0.125)
+    assert (alone - scores.diagonal(dim1=0, dim2=2).t()).abs().max() < 0.01
+    bound = cpu_batch.least_lse(q[10:], k[10:], 0.125, cpu_batch.with_these(None, k[:10]))
+    assert (bound <= lse[10:] + 0.01).all()
+
+
 @pytest.mark.parametrize(("needed", "expected"), [([], None), ([5], (1, 2)), ([2, 5], (0, 2)), ([0, 11], (0, 3))])
 def test_kv_heads_hold_the_query_heads_that_are_needed(needed: list[int], expected: tuple[int, int] | None) -> None:
     assert cpu_batch.kv_heads_of([head in needed for head in range(12)], 4) == expected
