@@ -168,7 +168,7 @@ def engine_config(**changes: Any) -> Any:
     drafts = changes.pop("method", None)
     model = {
         "hf_config": text, "hf_text_config": text, "max_model_len": 64, "is_encoder_decoder": False, "use_mla": False,
-        "uses_mrope": False, "is_mm_prefix_lm": False, "attention_chunk_size": None, "rswa_window": None,
+        "uses_mrope": False, "is_mm_prefix_lm": False, "is_diffusion": False, "attention_chunk_size": None, "rswa_window": None,
     }  # fmt: skip
     parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     others = {"use_non_causal": False, "kv_sharing_fast_prefill": False}
@@ -229,6 +229,7 @@ REFUSED = [
     ({"use_mla": True}, "latent attention"),
     ({"uses_mrope": True}, "several axes"),
     ({"is_mm_prefix_lm": True}, "prefix-LM"),
+    ({"is_diffusion": True}, "diffusion"),
     ({"use_non_causal": True}, "without a causal mask"),
     ({"attention_chunk_size": 8192}, "attention_chunk_size"),
     ({"rswa_window": 64}, "R-SWA"),
