@@ -135,7 +135,7 @@ def _config(model: str, overrides: dict[str, Any] | None) -> Any:
         print(f"{model}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
     for name, value in (overrides or {}).items():
-        part = getattr(config, name, None)
+        part: Any = getattr(config, name, None)
         if hasattr(part, "to_dict"):
             part.update(value)
         else:

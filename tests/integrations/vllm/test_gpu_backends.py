@@ -1,5 +1,7 @@
 """The plumbing of the two GPU backends, run on a CPU: settings, positions, tables, epilogue. Their kernels have not run here."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
