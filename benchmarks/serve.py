@@ -15,7 +15,6 @@ import importlib.metadata
 import itertools
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
+from benchmarks import report, serve_tables
+from benchmarks.serve_tables import CAUSAL, STABLEMASK, VARIANTS
 
-CAUSAL, STABLEMASK = VARIANTS = ("causal", "StableMask")
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 HOW = (
     "Decode: steps of a running batch, one of each in turn. Prefill: a prompt from its arrival to its first token. "
@@ -87,7 +86,13 @@ def main(argv: list[str] | None = None) -> None:
             record["load"] = load(llm, args.requests, args.rate, args.loads)
     shape = f"Llama with {args.layers} layers of width {args.width}, {args.width // 64} heads, {args.dtype}, random weights; "
     notes = f"{shape}head-wise gamma, N = {args.length}. ms: median (p20 to p80). {HOW}"
-    result.publish("vLLM with StableMask and with causal attention", tables(record), notes, record, summary=summary(record))
+    result.publish(
+        "vLLM with StableMask and with causal attention",
+        serve_tables.tables(record),
+        notes,
+        record,
+        summary=serve_tables.summary(record),
+    )
 
 
 def _version(name: str) -> str | None:
@@ -249,58 +254,6 @@ def serve(engine: Any, moments: Sequence[tuple[float, int, int]]) -> dict[str, A
                 each.append(1e3 * (now - first[name]) / max(1, written - 1))
                 whole.append(1e3 * (now - arrived[name]))
     return {"tokens a second": tokens / (time.perf_counter() - start), "first": waits, "each": each, "whole": whole}
-
-
-def tables(record: dict[str, Any]) -> str:
-    decode = [[row["batch"], row["context"], *cells(row)] for row in record["decode"]]
-    prefill = [[row["prompt"], row["chunk"] or "whole", *cells(row)] for row in record["prefill"]]
-    columns = [*(f"{name}, ms" for name in VARIANTS), "ratio"]
-    load_columns = ["attention", "tokens/s", "first token", "each further token", "whole request"]
-    found = [
-        "Decode, one step",
-        report.markdown_table(["batch", "context", *columns], decode),
-        "Prefill, one prompt",
-        report.markdown_table(["tokens", "chunk", *columns], prefill),
-        "Served load: median and 95th percentile of the requests, in ms",
-        report.markdown_table(load_columns, load_rows(record["load"])),
-    ]
-    return "\n\n".join(found)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    found = []
-    for name in VARIANTS:
-        ms = report.median_and_fifths(row[name])
-        found.append(f"{ms['median']:.2f} ({ms['p20']:.2f} to {ms['p80']:.2f})")
-    return [*found, f"{ratio(row):.3f}"]
-
-
-def ratio(row: dict[str, Any]) -> float:
-    return statistics.median(row[STABLEMASK]) / statistics.median(row[CAUSAL])
-
-
-def load_rows(runs: list[dict[str, Any]]) -> list[list[str]]:
-    rows = []
-    for name in VARIANTS:
-        of_it = [run for run in runs if run["attention"] == name]
-        speed = report.mean_and_range([run["tokens a second"] for run in of_it], ".1f")
-        times = [[x for run in of_it for x in run[what]] for what in ("first", "each", "whole")]
-        rows.append([name, speed, *(f"{statistics.median(x):.1f}, {percentile_95(x):.1f}" for x in times)])
-    return rows
-
-
-def percentile_95(values: list[float]) -> float:
-    return statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
-
-
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    parts = ("decode", "prefill")
-    rows = [
-        {**{k: v for k, v in row.items() if k not in VARIANTS}, "ratio": round(ratio(row), 3)}
-        for part in parts
-        for row in record[part]
-    ]
-    return {"ratios": rows}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ StableMask. 1: it does not. 2: bad input.
 # pyright: reportMissingImports=false
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 GROUP, NAME = "vllm.general_plugins", "sm_flex"
 NEW_TOKENS = 8
+DTYPES = ("float32", "bfloat16", "float16")
 # Served where vLLM is nearer to StableMask than to causal attention by so much, over the mean of all tokens.
 NEARER = 4
 
@@ -41,13 +43,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     check = commands.add_parser("check", help="compare vLLM's log-probabilities of a model with Transformers'")
     check.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
-    check.add_argument("--dtype", default="float32", help="of both (default %(default)s; FlashAttention needs bfloat16)")
+    check.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of both (default %(default)s; FlashAttention needs bfloat16)"
+    )
     check.add_argument("--tokens", type=int, default=256, help="the longest prompt (default %(default)s)")
-    check.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    check.add_argument("--engine", type=_json_object, default={}, metavar="JSON", help="more arguments of vllm.LLM")
     args = parser.parse_args(argv)
     if args.tokens < 2:
         check.error(f"--tokens must be at least 2, got {args.tokens}")
     raise SystemExit(run(args.model, args.dtype, args.tokens, args.engine))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
+_json_object.__name__ = "JSON object"  # as argparse names it
 
 
 def why_not_loaded() -> str | None:
@@ -73,7 +87,7 @@ def run(model: str, dtype: str, tokens: int, engine: dict[str, Any]) -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from sm_flex_transformers import settings
 
-    config = _config(model)
+    config = _config(model, engine.get("hf_overrides"))
     if settings.of(config) is None and settings.of(config.get_text_config()) is None:
         print(
             f"{model} has no config.stablemask: vLLM serves its own attention, and there is nothing to compare", file=sys.stderr
@@ -83,7 +97,7 @@ def run(model: str, dtype: str, tokens: int, engine: dict[str, Any]) -> int:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         texts, layers = process.submit(_ask_vllm, model, dtype, tokens, engine).result()
     served = [text.log_probs for text in texts]
-    stablemask, causal = (_ask_transformers(model, dtype, name, texts) for name in ("stablemask", "sdpa"))
+    stablemask, causal = (_ask_transformers(model, config, dtype, name, texts) for name in ("stablemask", "sdpa"))
     near, far, apart = (_difference(*pair) for pair in ((served, stablemask), (served, causal), (stablemask, causal)))
     ours = sum(name.startswith("StableMask") for name in layers)
     print(f"attention layers with StableMask: {ours} of {len(layers)}")
@@ -111,14 +125,22 @@ def _difference(ours: list[list[float]], theirs: list[list[float]]) -> Differenc
     return Difference(sum(found) / len(found), max(found))
 
 
-def _config(model: str) -> Any:
+def _config(model: str, overrides: dict[str, Any] | None) -> Any:
+    """The model's config, with the hf_overrides that vLLM is given, set as vLLM sets them."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         print(f"{model}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
+    for name, value in (overrides or {}).items():
+        part: Any = getattr(config, name, None)
+        if hasattr(part, "to_dict"):
+            part.update(value)
+        else:
+            setattr(config, name, value)
+    return config
 
 
 def _ask_vllm(model: str, dtype: str, tokens: int, engine: dict[str, Any]) -> tuple[list[Text], list[str]]:
@@ -152,7 +174,7 @@ def _implementations(worker: Any) -> list[str]:
     return [type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")]
 
 
-def _ask_transformers(model: str, dtype: str, attention: str, texts: list[Text]) -> list[list[float]]:
+def _ask_transformers(model: str, config: Any, dtype: str, attention: str, texts: list[Text]) -> list[list[float]]:
     """The log-probability of each token after the first, one text at a time, in one pass."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -160,7 +182,9 @@ def _ask_transformers(model: str, dtype: str, attention: str, texts: list[Text])
     import sm_flex_transformers  # noqa: F401
 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, dtype=getattr(torch, dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, config=copy.deepcopy(config), attn_implementation=attention, dtype=getattr(torch, dtype)
+        )
     found = []
     for text in texts:
         ids = torch.tensor([text.ids], device=loaded.device)

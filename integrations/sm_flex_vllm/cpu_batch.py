@@ -125,13 +125,13 @@ def least_lse(query_RHD: Tensor, key_RKD: Tensor, scale: float, earlier: Earlier
     """A lower bound of each row's log-sum-exp, float32 (R, H), from some of the keys that the row sees.
 
     It sees its own key, so lse >= its own score. By Jensen's inequality lse >= log m + the mean score of m keys, which is the
-    score with their mean.
+    score with their mean. In float32, as the kernel's scores: products that bfloat16 rounds are no bound.
     """
     rows, heads, dim = query_RHD.shape
-    grouped = query_RHD.view(rows, key_RKD.shape[1], -1, dim)
-    lse = (grouped * key_RKD.unsqueeze(2)).sum(-1, dtype=torch.float32) * scale
+    grouped = query_RHD.float().view(rows, key_RKD.shape[1], -1, dim)
+    lse = (grouped * key_RKD.unsqueeze(2)).sum(-1) * scale
     if earlier is not None:
-        of_mean = (grouped * earlier.mean_KD.to(query_RHD.dtype).unsqueeze(1)).sum(-1, dtype=torch.float32) * scale
+        of_mean = (grouped * earlier.mean_KD.unsqueeze(1)).sum(-1) * scale
         lse = torch.maximum(lse, of_mean + math.log(earlier.keys))
     return lse.view(rows, heads)
 

@@ -8,6 +8,7 @@ Run on a CPU in the tests, with the kernel in plain PyTorch. Not yet run on a GP
 from typing import Any
 
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backends import fa_utils
@@ -29,6 +30,8 @@ class StableMaskFlashImpl(StableMaskLayer, FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.read_settings("FLASH_ATTN", self.attn_type, self.alibi_slopes)
+        if self.stablemask is not None and current_platform.is_rocm():
+            raise NotImplementedError("config.stablemask is set, and FLASH_ATTN does not serve it on ROCm: use FLEX_ATTENTION")
         if self.stablemask is not None and is_quantized_kv_cache(self.kv_cache_dtype):
             raise NotImplementedError(
                 f"config.stablemask is set, and FLASH_ATTN does not serve it with kv_cache_dtype={self.kv_cache_dtype!r}: "

@@ -28,6 +28,8 @@ class StableMaskFlexImpl(StableMaskLayer, FlexAttentionImpl):
         self.read_settings("FLEX_ATTENTION", self.attn_type, self.alibi_slopes)
         if self.stablemask is not None and self.out_transform is not None:
             raise NotImplementedError("config.stablemask is set, and the model has an out_transform of its own")
+        if self.stablemask is not None and kwargs.get("sinks") is not None:  # vLLM's class would drop them
+            raise NotImplementedError("config.stablemask is set, and vLLM's FLEX_ATTENTION has no learned sinks: use FLASH_ATTN")
 
     def forward(
         self,

@@ -21,7 +21,7 @@ STOCK: dict[str, str] = {}
 
 
 def install() -> None:
-    """Registers a class for each backend of vLLM. May be called again."""
+    """Registers a class for each backend of vLLM, and for each model that goes past them. May be called again."""
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     except ImportError as error:
@@ -39,6 +39,10 @@ def install() -> None:
         else:
             STOCK[backend.name] = path
             register_backend(backend, f"sm_flex_vllm.refused.{backend.name}")
+    if version_is_served():  # another vLLM may have another registry of models
+        from sm_flex_vllm import refused_models
+
+        refused_models.install()
 
 
 def version_is_served() -> bool:

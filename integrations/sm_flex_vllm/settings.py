@@ -95,6 +95,7 @@ def check(vllm_config: Any, attn_type: str, alibi_slopes: Any) -> None:
         "positions of several axes (M-RoPE): the mass needs one position a token": model.uses_mrope
         or getattr(model, "uses_xdrope_dim", 0),
         "a prefix or an image that is seen whole (prefix-LM): a StableMask is causal": model.is_mm_prefix_lm,
+        "a diffusion model: a StableMask is causal": model.is_diffusion,
         "attention without a causal mask (use_non_causal)": vllm_config.attention_config.use_non_causal,
         "attention in chunks of the sequence (attention_chunk_size): vLLM does not say where its rows are": _chunked(model),
         "a window beside a prefix (R-SWA)": model.rswa_window is not None,

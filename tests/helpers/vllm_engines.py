@@ -200,6 +200,21 @@ GEMMA2: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
 }
 
+GPT_OSS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": WINDOW,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    },
+}
+
 
 def check(
     folder: Path, model: Any = None, *, count: int = 20, lengths: Sequence[int] = LENGTHS, close: float = CLOSE, **settings: Any

@@ -1,7 +1,10 @@
 """The plumbing of the two GPU backends, run on a CPU: settings, positions, tables, epilogue. Their kernels have not run here."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +29,29 @@ def test_served(backend: str, tokens: int, llama: Path, reference: Any) -> None:
     engines.check(llama, reference, max_num_batched_tokens=tokens)
 
 
-def test_flash_with_windows_soft_capping_and_sinks(tmp_path: Path, backend: str) -> None:
+def test_windows_and_soft_capping(tmp_path: Path, backend: str) -> None:
     if backend == "FlexOnCPU":
-        pytest.skip("vLLM's FlexAttention has neither soft capping nor sinks")
+        pytest.skip("vLLM's FlexAttention has no soft capping")
     engines.check(engines.save(tmp_path, "gemma2", **engines.GEMMA2), count=8)
+
+
+def test_learned_sinks(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention: mass beside M. FlexAttention has none, and would drop them in silence."""
+    folder = engines.save(tmp_path, "gpt_oss", **engines.GPT_OSS)
+    if backend == "FlexOnCPU":
+        with pytest.raises(NotImplementedError, match="FLEX_ATTENTION has no learned sinks"), engines.engine(folder):
+            pass
+        return
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+    engines.check(folder, engines.gpt_oss_with_mass(folder), count=8, lengths=(1, 7, 100, 129, 200))
+
+
+def test_flash_on_rocm(llama: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel there takes other arguments: refused at start, where vLLM's own would fail at the first request."""
+    if backend == "FlexOnCPU":
+        pytest.skip("FlexAttention is the same everywhere")
+    monkeypatch.setattr("sm_flex_vllm.flash.current_platform", SimpleNamespace(is_rocm=lambda: True))
+    with pytest.raises(NotImplementedError, match="does not serve it on ROCm"), engines.engine(llama):
+        pass

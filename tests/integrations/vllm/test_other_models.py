@@ -11,22 +11,8 @@ pytestmark = pytest.mark.vllm
 from sm_flex_vllm import cpu_batch
 from tests.helpers import vllm_engines as engines
 
-GPT_OSS: dict[str, Any] = {
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": engines.WINDOW,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "factor": 2.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 256,
-        "rope_theta": 10000.0,
-    },
-}
 # gpt-oss has learned sinks, windows and full layers.
-MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gpt_oss": GPT_OSS}
+MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gpt_oss": engines.GPT_OSS}
 
 
 @pytest.mark.parametrize("model_type", MODELS)

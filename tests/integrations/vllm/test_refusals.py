@@ -3,7 +3,9 @@
 # pyright: reportMissingImports=false
 
 import importlib
+import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +133,39 @@ def _imports(name: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def test_models_with_attention_of_their_own_refuse(asking: Any) -> None:
+    """And for any other config they are vLLM's own: the same properties, the same arguments, the same layers."""
+    from vllm.model_executor.models import openpangu, registry
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    found = {name: type(model).__name__ for name, model in ModelRegistry.models.items()}
+    for name in ("InklingForCausalLM", "Qwen4ExpForCausalLM", "MiniMaxM3SparseForCausalLM", "DeepseekV4ForCausalLM"):
+        assert found[name] == "Refusing"
+    assert found["LlamaForCausalLM"] == "_LazyRegisteredModel"
+    stock, model = openpangu.PanguEmbeddedForCausalLM, ModelRegistry.models["PanguEmbeddedForCausalLM"]
+    made: Any = model.load_model_cls()
+    assert made is model.load_model_cls()
+    assert issubclass(made, stock)
+    assert registry._ModelInfo.from_model_cls(made) == registry._ModelInfo.from_model_cls(stock)
+    assert inspect.signature(made.__init__) == inspect.signature(stock.__init__)
+    with pytest.raises(NotImplementedError, match=r"does not serve PanguEmbeddedForCausalLM.*layers of its own"):
+        made(vllm_config=asking, prefix="")
+    other: Any = SimpleNamespace(model_config=None)
+    for cls in (made, stock):  # both go on into vLLM's own code, which wants a whole config
+        with pytest.raises(AttributeError):
+            cls(vllm_config=other, prefix="")
+
+
+def test_no_model_hands_its_layers_a_backend_past_the_registry() -> None:
+    """Those that do so are refused: found in vLLM's own text."""
+    from sm_flex_vllm import refused_models
+
+    folder = Path(vllm.__file__).parent / "model_executor" / "models"
+    found = {x.stem for x in folder.glob("*.py") if re.search(r"attn_backend=\w*Backend\b", x.read_text())}
+    assert found == {"openpangu"}
+    assert all(f"vllm.model_executor.models.{name}" in refused_models.MODULES for name in found)
 
 
 def test_vllm_does_not_choose_a_backend_that_refuses(asking: Any) -> None:
