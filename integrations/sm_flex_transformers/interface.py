@@ -85,7 +85,7 @@ def leaves_its_window_out(code: str) -> bool:
 @functools.cache
 def tells_its_masks_positions(model_type: str) -> bool:
     """Whether a model hands its mask functions position_ids, by which Transformers keeps packed documents apart."""
-    told = r'"position_ids": position_ids|create_\w*mask\w*\([^)]*position_ids='
+    told = r'"position_ids": \w*position_ids|create_\w*mask\w*\([^)]*position_ids='
     return any(re.search(told, source) for source in _sources(model_type))
 
 
