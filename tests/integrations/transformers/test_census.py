@@ -49,7 +49,7 @@ EXPECTED = {name: Outcome(RIGHT) for names in SERVED.values() for name in names}
 # What sm_flex serves beside them, and why it refuses some calls: sinks, types that hand their attention no position_ids.
 SM_FLEX = {
     **{name: set[str]() for name in ("gpt_oss", "inkling_text", "mimo_v2_flash", "flint", "deepseek_v4", "gemma2", "mistral")},
-    **{name: {"documents with a cache, no position_ids"} for name in ("hy_v4", "llama4_text")},
+    **{name: {"documents with a cache, no position_ids"} for name in ("hy_v4", "llama4_text", "cohere_compass_text")},
 }
 
 
