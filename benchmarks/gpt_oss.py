@@ -9,8 +9,7 @@ share one set of weights and take turns. Each is checked against eager attention
 """
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -109,49 +108,38 @@ def _pass(call: timing.Call, inputs: timing.Inputs) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, inputs[:3], inputs[3])
 
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    with tqdm(total=total, unit="case", dynamic_ncols=True) as bar:
-
-        def done(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        yield done
-
-
 def measure(lengths: tuple[int, ...], seconds: float, device: torch.device) -> list[dict[str, Any]]:
     """A row for each case and attention: milliseconds per round, peak bytes, or why there is none."""
     names = (EAGER, OURS, FLEX, HUB) if device.type == "cuda" else (EAGER, OURS)
     rows: list[dict[str, Any]] = []
     cases = [Case(layer, dtype, length) for layer in LAYERS for dtype in DTYPES for length in lengths]
     peaks: dict[tuple[str, str, str], int] = {}
-    with progress(len(cases)) as done:
-        for case in cases:
-            layer, errors, checked = Layer(case, device), {}, {}
-            sets = [inputs_of(layer, case.length) for _ in range(2)]
-            calls = {}
-            for name in names:
-                key = (name, case.layer, case.dtype)
-                # What the shorter call held grows fourfold at most.
-                if 4 * peaks.get(key, 0) > SHARE_OF_MEMORY * free_memory(device):
-                    errors[name] = f"not run: it would hold about {4 * peaks[key] / 2**30:.0f} GiB"
-                    continue
-                try:
-                    checked[name] = error_of(case._replace(length=min(lengths)), name, device)
-                    peaks[key] = timing.training_peak(layer.call(name), sets[0], device)
-                    calls[name] = layer.call(name)
-                except Exception as error:  # an error is a row of the result
-                    errors[name] = timing.one_line(error)
-            times, failed = timing.rounds(calls, sets, device, seconds)
-            for name in names:
-                row: dict[str, Any] = {**case._asdict(), "attention": name}
-                if name in times:
-                    row |= {"ms": times[name], "peak": peaks[name, case.layer, case.dtype], "error": checked[name]}
-                else:
-                    row["why"] = errors.get(name) or failed[name]
-                rows.append(row)
-            done(str(case))
+    checked: dict[tuple[str, str, str], float] = {}
+    for case in tqdm(cases, unit="case", dynamic_ncols=True):
+        layer, errors = Layer(case, device), {}
+        sets = [inputs_of(layer, case.length) for _ in range(2)]
+        calls = {}
+        for name in names:
+            key = (name, case.layer, case.dtype)
+            # What the shorter call held grows fourfold at most.
+            if 4 * peaks.get(key, 0) > SHARE_OF_MEMORY * free_memory(device):
+                errors[name] = f"not run: it would hold about {4 * peaks[key] / 2**30:.0f} GiB"
+                continue
+            try:
+                if key not in checked:
+                    checked[key] = error_of(case._replace(length=min(lengths)), name, device)
+                peaks[key] = timing.training_peak(layer.call(name), sets[0], device)
+                calls[name] = layer.call(name)
+            except Exception as error:  # an error is a row of the result
+                errors[name] = timing.one_line(error)
+        times, failed = timing.rounds(calls, sets, device, seconds)
+        for name in names:
+            key, row = (name, case.layer, case.dtype), {**case._asdict(), "attention": name}
+            if name in times:
+                row |= {"ms": times[name], "peak": peaks[key], "error": checked[key]}
+            else:
+                row["why"] = errors.get(name) or failed[name]
+            rows.append(row)
     return rows
 
 

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from sm_flex import StableMask, varlen_attn
 from sm_flex_transformers.interface import NAMES, layer_of
+from sm_flex_transformers.windows import window_size
 
 UNTAKEN = ("softcap", "indices", "block_indices", "position_bias")
 
@@ -97,6 +98,6 @@ def attend(
     cu_q, cu_k = [given[name].to(torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     out = varlen_attn(
         q, k, v, cu_q, cu_k, given["max_length_q"], given["max_length_k"], scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=True, score_mod=mask(),
+        window_size=window_size(window), enable_gqa=True, score_mod=mask(),
     )  # fmt: skip
     return out[None].contiguous()

@@ -36,11 +36,7 @@ def make(
     """The StableMask of a layer, for positions (B, S), (1, S) or None. Without StableMask a sink is all the mass there is."""
     if asked is not None:
         return _make(asked, positions, score_mod, sink)
-    if query.shape[2] == num_keys:
-        return stablemask(math.inf, score_mod=score_mod, sink=sink)
-    # The core wants to know where the rows are. To a gamma of inf any place will do.
-    nowhere = torch.zeros(query.shape[2], dtype=torch.long, device=query.device)
-    return stablemask(math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=sink)
+    return _without_gamma(query, num_keys, query.shape[2], score_mod, sink)
 
 
 def packed(
@@ -51,12 +47,17 @@ def packed(
     if sink is not None and sink.dim() == 3:
         sink = sink.transpose(0, 1).flatten(1)
     if asked is None:
-        same = query.shape[2] == num_keys
-        nowhere = None if same else torch.zeros(batch * num_queries, dtype=torch.long, device=query.device)
-        return stablemask(math.inf, length=1, positions=nowhere, sink=sink)
+        return _without_gamma(query, num_keys, batch * num_queries, None, sink)
     if positions is not None:
         positions = positions.expand(batch, -1).flatten()
     return _make(asked, positions, sink=sink)
+
+
+def _without_gamma(query: Tensor, num_keys: int, rows: int, score_mod: ScoreMod | None, sink: Tensor | None) -> StableMask:
+    """The core wants to know where rows are that have more keys than queries. To a gamma of inf any place will do."""
+    same = query.shape[2] == num_keys
+    nowhere = None if same else torch.zeros(rows, dtype=torch.long, device=query.device)
+    return stablemask(math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=sink)
 
 
 def cached(asked: settings.Settings, position_ids: Tensor | None, query: Tensor) -> StableMask:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sm_flex import StableMask, varlen_attn
+from sm_flex_transformers import windows
 from sm_flex_transformers.layer_rows import Rows
 
 
@@ -47,6 +48,6 @@ def attend(query: Tensor, rows: Rows, mask: StableMask, scale: float | None) -> 
         if rows.documents.starts_BP.shape[0] < batch:  # one row of positions for every sequence
             first = torch.arange(batch, dtype=torch.int32, device=query.device)[:, None] * num_queries
             cu_q = cu_k = torch.cat([cu_q[:1], (first + cu_q[1:]).flatten()])
-    options: Any = {"scale": scale, "enable_gqa": True, "window_size": (-1 if rows.window is None else rows.window - 1, 0)}
+    options: Any = {"scale": scale, "enable_gqa": True, "window_size": windows.window_size(rows.window)}
     out: Any = varlen_attn(q, k, v, cu_q, cu_k, num_queries, num_keys, **options, score_mod=mask)
     return out.unflatten(0, (batch, num_queries)).contiguous()

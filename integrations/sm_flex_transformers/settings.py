@@ -95,13 +95,13 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
 
 def heads_of_layers(config: Any) -> list[int]:
     """The different numbers of query heads that a model's layers have."""
-    layers = range(getattr(config, "num_hidden_layers", 1))
-    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * len(layers)
-    return sorted({num_heads(configs[i], i) for i in layers})
+    return sorted({num_heads(config, layer) for layer in range(getattr(config, "num_hidden_layers", 1))})
 
 
 def num_heads(config: Any, layer: int | None) -> int:
     """The query heads of a layer, of the config of the model or of that layer alone; on all ranks together."""
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer]
     if layer is not None:
         if (heads := getattr(config, "num_attention_heads_per_layer", None)) is not None:  # Laguna
             return heads[layer]

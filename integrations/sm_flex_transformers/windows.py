@@ -36,6 +36,11 @@ def width(window: Any, attention_mask: Tensor | None, num_keys: int) -> int | No
     return window if attention_mask is None and isinstance(window, int) and 0 < window < num_keys else None
 
 
+def window_size(window: int | None) -> tuple[int, int]:
+    """The same in flash-attention's terms: how many keys before and after its own a query sees, -1 for all."""
+    return -1 if window is None else window - 1, 0
+
+
 def narrowed(visible: Tensor | None, window: int | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """visible within the causal slots, and the window: bool (B|1, 1, S, T)."""
     seen = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)

@@ -58,12 +58,9 @@ class Settings:
 
     def _asked(self, index: int) -> tuple[int, Tensor, int]:
         """(heads of the whole model, gamma, N) of a layer."""
-        config = self._config
-        asked = self._reader.read(config, index, torch.device("cpu"))
+        asked = self._reader.read(self._config, index, torch.device("cpu"))
         assert asked is not None, "None is for Transformers' own attention by the name sm_flex"
-        if getattr(config, "is_heterogeneous", False):
-            config = config.per_layer_config[index]
-        return self._reader.num_heads(config, index), asked.gamma, asked.length
+        return self._reader.num_heads(self._config, index), asked.gamma, asked.length
 
     def __str__(self) -> str:
         heads, lengths = (" to ".join(map(str, sorted({min(x), max(x)}))) for x in (self.total_heads, self.lengths))

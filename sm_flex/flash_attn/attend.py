@@ -145,7 +145,7 @@ def attend_spans(
         if choose.choose(need) == "flex":
             rows = batch if spans.slot.dim() == 2 else None
             block_mask = create_block_mask(spans.mask_mod(), rows, None, num_queries, num_keys, device=str(q_BHSD.device))
-            alone = StableMask(mask.gamma, mask.length, mask.positions, inner, mask.sink, ordered=False)
+            alone = _with(mask, score_mod=inner, ordered=False)
             options |= {"block_mask": block_mask, "kernel_options": {}, "max_scores": False}
             out, lse, _ = flex.attend(q_BHSD, k_BHTD, v_BHTD, alone, mass, **options)
             return out, lse
