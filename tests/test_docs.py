@@ -153,7 +153,7 @@ def public_names() -> dict[str, Any]:
     found |= {f"sm_flex.testing.{name}": getattr(sm_flex.testing, name) for name in sm_flex.testing.__all__}
     found |= {f"sm_flex.flash_attn.{name}": getattr(flash_attn, name) for name in flash_attn.__all__}
     for name, function in inspect.getmembers(diagnostics, inspect.isfunction):
-        if function.__module__ == diagnostics.__name__ and not name.startswith("_"):
+        if name in diagnostics.__all__:
             found[f"sm_flex.diagnostics.{name}"] = function
     return found
 

@@ -24,6 +24,9 @@ class Mass(NamedTuple):
     positions: (S,) or (B, S). None: 0..S-1, restarting at every document of cu_seqlens.
     cu_seqlens: (documents + 1,), the first row of each packed document.
     length: N.
+    sink_HS: the part of the table that is the sink's, the log of it, of the same kinds of shape, where the sink
+        carries a value. log_mass_HS is then given, and holds the whole mass, this part included.
+    sink_value_HD: that value, (H, Dv).
     """
 
     log_mass_HS: Tensor | None
@@ -31,6 +34,8 @@ class Mass(NamedTuple):
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
     length: int = 0
+    sink_HS: Tensor | None = None
+    sink_value_HD: Tensor | None = None
 
     def table(self, num_queries: int, dtype: torch.dtype) -> Tensor:
         """The table, for those who cannot compute log M themselves."""

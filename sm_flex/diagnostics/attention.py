@@ -1,31 +1,14 @@
-"""What a head attends to: the matrix of eq. 11, its column of first tokens, the real share of each row.
-
-    from sm_flex.diagnostics import attention_map, first_token_share, real_share
-
-For looking at a model, not for training one. Each takes the query, the key and the StableMask of a call of
-the drop-ins (None for plain causal attention), in the layout (B, H, S, D). Scores are float32 (float64 for
-float64 inputs) whatever kernel the model runs on, and nothing is differentiated. All three work on the dense
-engine's blocks of rows.
-"""
-
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+"""The matrix of eq. 11, its column of first tokens, the real share of each row."""
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sm_flex.checks.fits import check_mask_fits, check_positions_fit
+from sm_flex.checks.fits import check_positions_fit
 from sm_flex.checks.mask import check_integers
-from sm_flex.checks.packed import check_cu_seqlens, check_cu_values
-from sm_flex.checks.tensors import check_qkv, check_scale, check_visible
-from sm_flex.engines import dense
-from sm_flex.epilogue.formula import real_share_and_lse
+from sm_flex.diagnostics.calls import CheckedCall, by_rows, read
 from sm_flex.mass.closed_form import document_of
-from sm_flex.runtime import autocast, no_autocast, score_dtype, score_scale
 from sm_flex.score_mod import StableMask
-from sm_flex.visibility.rows import VisibleRows, document_rows, visible_rows
 
 
 def attention_map(
@@ -67,8 +50,8 @@ def attention_map(
                 [0.2000, 0.2000, 0.0000],
                 [0.2000, 0.2000, 0.2000]])
     """
-    call = _read(query, key, mask, scale, visible, cu_seqlens)
-    return _by_rows(call, lambda weights, share: weights * share.unsqueeze(-1), call.key.shape[2])
+    call = read(query, key, mask, scale, visible, cu_seqlens)
+    return by_rows(call, lambda weights, share: weights * share.unsqueeze(-1), call.key.shape[2])
 
 
 def first_token_share(
@@ -106,9 +89,9 @@ def first_token_share(
         >>> first_token_share(q, k, stablemask(0.0, length=5))
         tensor([[[0.2000, 0.2000, 0.2000, 0.2000]]])
     """
-    call = _read(query, key, mask, scale, visible, cu_seqlens)
+    call = read(query, key, mask, scale, visible, cu_seqlens)
     first = _first_tokens(call, cu_seqlens, key_positions)
-    return _by_rows(call, lambda weights, share: (weights * first).sum(-1) * share)
+    return by_rows(call, lambda weights, share: (weights * first).sum(-1) * share)
 
 
 def real_share(
@@ -138,75 +121,10 @@ def real_share(
         >>> real_share(q, k, stablemask(0.0, length=5))
         tensor([[[0.2000, 0.4000, 0.6000, 0.8000]]])
     """
-    return _by_rows(_read(query, key, mask, scale, visible, cu_seqlens), lambda weights, share: share)
+    return by_rows(read(query, key, mask, scale, visible, cu_seqlens), lambda weights, share: share)
 
 
-class _Call(NamedTuple):
-    """A call that was checked."""
-
-    query: Tensor
-    key: Tensor
-    mask: StableMask | None
-    scale: float
-    rows: VisibleRows
-    log_mass: Tensor  # broadcastable to (B, H, S)
-
-
-def _read(
-    query: Tensor,
-    key: Tensor,
-    mask: StableMask | None,
-    scale: float | None,
-    visible: Tensor | BlockMask | None,
-    cu_seqlens: Tensor | None,
-) -> _Call:
-    if mask is not None and not isinstance(mask, StableMask):
-        raise TypeError(
-            f"mask must be a StableMask, or None for plain causal attention, got {type(mask).__name__}: make one with "
-            "stablemask(gamma, length=N)"
-        )
-    query, key = autocast(query, key)
-    check_qkv(query, key, key, True, "BHSD")
-    check_scale(scale)
-    num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
-    if mask is not None:
-        block_mask = visible if isinstance(visible, BlockMask) else None
-        check_mask_fits(mask, query.shape[:3], num_keys, device, block_mask)
-    if visible is not None:
-        check_visible(visible, query, key)
-    if isinstance(visible, Tensor):
-        visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-    rows = visible_rows(visible, query.shape[:3], num_keys, device, mask is None or mask.ordered)
-    if cu_seqlens is not None:
-        rows = _within_documents(rows, cu_seqlens, mask, num_queries, num_keys, device)
-    if mask is None:
-        log_mass = torch.full((1, num_queries), -math.inf, dtype=score_dtype(query), device=device)
-    else:
-        with torch.no_grad():
-            mass = mask.mass(device, num_queries, num_keys, score_dtype(query), cu_seqlens)
-            log_mass = mass.table(num_queries, score_dtype(query))
-    return _Call(query, key, mask, score_scale(scale, query.shape[-1]), rows, log_mass)
-
-
-def _within_documents(
-    rows: VisibleRows, cu_seqlens: Tensor, mask: StableMask | None, num_queries: int, num_keys: int, device: torch.device
-) -> VisibleRows:
-    check_cu_seqlens("cu_seqlens", cu_seqlens, device)
-    if mask is not None and not mask.ordered:
-        raise ValueError("cu_seqlens is for rows in order: with ordered=False visible alone says who sees whom")
-    if num_queries != num_keys:
-        raise ValueError(
-            f"cu_seqlens is for equal query and key lengths, got S={num_queries}, T={num_keys}: say with visible which "
-            "keys each query sees"
-        )
-    check_cu_values("cu_seqlens", cu_seqlens, num_keys)
-    if mask is not None and mask.length is None:
-        raise ValueError("length is required with cu_seqlens: pass stablemask(gamma, length=N), the training length")
-    documents = document_rows(cu_seqlens, cu_seqlens, num_queries, num_keys, -1)
-    return lambda start, end: rows(start, end) & documents(start, end)
-
-
-def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor | None) -> Tensor:
+def _first_tokens(call: CheckedCall, cu_seqlens: Tensor | None, key_positions: Tensor | None) -> Tensor:
     """1 for each key that is the first of its sequence, else 0: (T,) or (B, 1, 1, T)."""
     batch, _, num_queries, _ = call.query.shape
     num_keys, device = call.key.shape[2], call.query.device
@@ -227,20 +145,3 @@ def _first_tokens(call: _Call, cu_seqlens: Tensor | None, key_positions: Tensor 
         positions = call.mask.positions
     first = (positions == 0).to(call.log_mass.dtype)
     return first if first.dim() == 1 else first[:, None, None, :]
-
-
-def _by_rows(call: _Call, look: Callable[[Tensor, Tensor], Tensor], *columns: int) -> Tensor:
-    """(B, H, S, *columns): look(weights, share) of each block of rows.
-
-    weights (B, H, rows, T) are those of the real scores alone, share is (B, H, rows).
-    """
-    query, key, mask, scale, rows, log_mass = call
-    batch, heads, num_queries, _ = query.shape
-    result = torch.empty(batch, heads, num_queries, *columns, dtype=log_mass.dtype, device=query.device)
-    with torch.no_grad(), no_autocast(query.device):
-        score_mod = None if mask is None else mask.score_mod
-        weigh = dense.weights_by_rows(key, rows, log_mass.dtype, scale=scale, score_mod=score_mod)
-        for start, end in dense.row_blocks(batch, heads, num_queries, key.shape[2]):
-            weights, lse = weigh(query[:, :, start:end], start, key.shape[2])
-            result[:, :, start:end] = look(weights, real_share_and_lse(lse, log_mass[..., start:end], return_lse=False)[0])
-    return result
