@@ -34,14 +34,14 @@ HOW = (
     "count from the arrival."
 )
 WARM_UP = 4  # steps, or prompts
-VOCABULARY = 32000
+VOCABULARY = 16000
 NAMES = itertools.count()
 LOAD_PROMPT, LOAD_ANSWER = (32, 512), (16, 64)  # tokens of a request, drawn evenly
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = report.Parser("serve", "Decode, prefill and a served load in vLLM, with StableMask and with causal attention.")
-    parser.number("--layers", 12, "of the model")
+    parser.number("--layers", 6, "of the model")
     parser.number("--width", 1024, "of the model, heads of 64, two query heads to a key head", least=128)
     parser.number("--length", 8192, "N, the training length")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default %(default)s)")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.number("--requests", 40, "of the load")
     parser.number("--loads", 3, "runs of the load of each")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second (default %(default)s)")
-    parser.number("--cache", 8, "GiB of the cache")
+    parser.number("--cache", 4, "GiB of the cache")
     parser.add_argument("--compile", action="store_true", help="the layers compiled by inductor, as vLLM does by default")
     args = parser.parse(argv)
     os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE=str(args.cache))
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--width must be a multiple of 128, got {args.width}")
         what = f"serve-{args.dtype}" + ("-compiled" if args.compile else "")
         result = report.Result(parser, args.out, what, torch.device("cpu"), vllm=version)
-    longest = max([*args.prompts, *args.contexts, sum(x[1] for x in (LOAD_PROMPT, LOAD_ANSWER))]) + 2 * (args.steps + WARM_UP) + 8
+    written = 2 * (args.steps + WARM_UP) + max(args.batches, default=0) + 8  # a batch's first request goes on while the others come
+    longest = max([*args.prompts, *args.contexts, sum(x[1] for x in (LOAD_PROMPT, LOAD_ANSWER))]) + written
     record: dict[str, Any] = {"decode": [], "prefill": [], "load": []}
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), args, longest)
