@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from sm_flex.testing.contract import Attention
-from sm_flex.testing.laws import LAWS, Check
+from sm_flex.testing.law import Check
+from sm_flex.testing.laws import LAWS
 from sm_flex.testing.old_names import renamed
 from sm_flex.testing.problem import Problem
 
