@@ -141,7 +141,8 @@ def remask_kernel(
             tl.store(target, new_out, mask=tile)
 
 
-# Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here.
+# Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here. The
+# defaults keep an exported program that was saved before sinks carried a value.
 @triton_op("sm_flex::remask_", mutates_args={"out"})
 def remask_in_place_op(
     out: Tensor,
@@ -151,8 +152,10 @@ def remask_in_place_op(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     length: int,
+    sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> Tensor:
-    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length, sink, sink_value)
     if out.device.type == "cpu":
         new_out, new_lse = _reference(out, lse, mass)
         out.copy_(new_out)
@@ -171,8 +174,10 @@ def remask_op(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     length: int,
+    sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length, sink, sink_value)
     if out.device.type == "cpu":
         return _reference(out, lse, mass)
     new_out, new_lse = torch.empty_like(out), torch.empty_like(lse)
