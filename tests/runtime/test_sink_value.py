@@ -148,7 +148,8 @@ def test_a_forward_pass_is_the_kernel_and_two_passes_over_its_output():
     """s * o in place as ever, and p_sink * v in place; without a value nothing is run that was not before."""
     inputs = [x.detach() for x in leaves(1, HEADS, 64, 16)]
     sink, value, counts = torch.randn(HEADS), torch.randn(HEADS, 16), []
-    for options in ({}, {"sink": sink}, {"sink": sink, "sink_value": value}):
+    every_option: list[dict[str, Any]] = [{}, {"sink": sink}, {"sink": sink, "sink_value": value}]
+    for options in every_option:
         mask: Any = stablemask(GAMMA, length=64, **options)
         run = partial(flex_attention, *inputs, score_mod=mask)
         run()  # log M is computed once
