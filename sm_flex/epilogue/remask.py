@@ -2,6 +2,8 @@
 
     s = sigmoid(lse - log M),   out' = s * out,   lse' = logaddexp(lse, log M)
 
+Where a sink carries a value v, log M is the whole mass, and out' gains exp(sink - lse') * v.
+
 Plain PyTorch here; kernel.py is the same in one Triton launch, for a GPU.
 
 Shapes in names: B batch, H query heads, S queries, D head dim of the values.
@@ -66,9 +68,12 @@ def remask(
         tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     given = [("out", out), ("lse", lse), ("log_mass", log_mass)]
-    if sink_value is not None and sink is None:
-        raise ValueError("sink is required where sink_value is given: pass remask(..., sink=...), the level of its pseudo score")
-    given += [(name, x) for name, x in (("sink", sink), ("sink_value", sink_value)) if x is not None]
+    if sink is not None:
+        given.append(("sink", sink))
+    if sink_value is not None:
+        given.append(("sink_value", sink_value))
+        if sink is None:
+            raise ValueError("sink is required where sink_value is given: pass remask(..., sink=...), its pseudo score")
     for name, x in given:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -141,7 +146,8 @@ class _Remask(torch.autograd.Function):
             # p_sink = exp(sink - lse') falls as lse' rises, whichever of its terms made it rise.
             grad_p = (grad_out.to(new_lse.dtype) * sink_value.unsqueeze(-2)).sum(-1)
             grad_total = grad_lse - grad_p * exp_difference(sink, new_lse)
-            grads_of_value = sink_value_grads(grad_out, new_lse, sink, sink_value)
+            if any(ctx.needs_input_grad[3:]):
+                grads_of_value = sink_value_grads(grad_out, new_lse, sink, sink_value)
         return (
             grad_out * real.unsqueeze(-1).to(grad_out.dtype),
             slope + grad_total * real,
