@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex.epilogue.formula import exp_difference, real_share_and_lse, times_share
+from sm_flex.epilogue.formula import exp_difference, real_share_and_lse, times_share, times_share_plus_value
 from sm_flex.mass.closed_form import HUGE
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import plain_eager
@@ -267,6 +267,5 @@ def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     assert new_lse is not None
     if mass.sink_HS is None or mass.sink_value_HD is None:
         return times_share(out, share, lse), new_lse
-    pseudo = exp_difference(mass.sink_HS, new_lse)
-    wide = times_share(out.to(share.dtype), share, lse)
-    return (wide + pseudo.unsqueeze(-1) * mass.sink_value_HD.unsqueeze(-2)).to(out.dtype), new_lse
+    sink_share = exp_difference(mass.sink_HS.to(lse.dtype), new_lse)
+    return times_share_plus_value(out, share, lse, sink_share, mass.sink_value_HD.to(lse.dtype)), new_lse

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 from sm_flex.epilogue import kernel as rk
 from sm_flex.epilogue.formula import real_share_and_lse
 from sm_flex.mass.table import Mass
-from tests.helpers.remask_kernel import DEVICE, check, launch, problem
+from tests.helpers.remask_kernel import DEVICE, assert_right_with_value, check, launch, problem, with_sink
 from tests.helpers.triton_rounding import exact_bf16
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
@@ -181,6 +181,7 @@ OPS_ARGS = [
     (None, torch.tensor(0.3, dtype=torch.float64), None, None, 20),
     (None, torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20),
     (None, torch.tensor([0.3, 0.1, 0.0]), None, torch.tensor([0, 4, 17], dtype=torch.int32), 20),
+    (torch.ones(3, 17), None, None, None, 0, torch.zeros(3, 1).expand(3, 17), torch.randn(3, 8)),
 ]
 
 
@@ -212,6 +213,17 @@ def test_the_ops_are_the_plain_formula():
     torch.testing.assert_close(new_out, out * share.unsqueeze(-1))
     torch.testing.assert_close(new_lse, expected)
     torch.testing.assert_close(torch.ops.sm_flex.remask_(out, lse, None, mass.gamma, mass.positions, None, 20), expected)
+    torch.testing.assert_close(out, new_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ops_are_the_plain_formula_with_a_value(dtype: torch.dtype):
+    out, lse = problem(17, 8, dtype)
+    out[0, 1, 17 // 2] = math.nan
+    mass = with_sink(torch.zeros(1, 17), torch.randn(3, 1), torch.randn(3, 8))
+    new_out, new_lse = torch.ops.sm_flex.remask(out, lse, *mass)
+    assert_right_with_value(out, lse, mass, new_out, new_lse)
+    torch.testing.assert_close(torch.ops.sm_flex.remask_(out, lse, *mass), new_lse)
     torch.testing.assert_close(out, new_out)
 
 
