@@ -147,13 +147,16 @@ def remask_kernel(
         tile = inside[:, None] & (column < HEAD_DIM)[None, :]
         source = out_ptr + batch * out_b + head * out_h + first * out_s
         source = source + (in_tile.to(tl.int64) * out_s)[:, None] + (column * out_d)[None, :]
-        # Nothing is read of a fully masked row, whose out may hold NaN: 0 is stored.
+        value = share
+        if HAS_VALUE:  # loaded before out: after it, sm_90 spills at head_dim 256
+            value = tl.load(value_ptr + head * value_h + column * value_d, mask=column < HEAD_DIM, other=0.0)
+            value = value.to(tl.float32)
+        # Nothing is read of a fully masked row, whose out may hold NaN: 0 is taken for it.
         masked = share < 0.0
         out = tl.load(source, mask=tile & ~masked[:, None], other=0.0)
         new_out = out.to(tl.float32) * tl.where(masked, 0.0, share)[:, None]
         if HAS_VALUE:
-            value = tl.load(value_ptr + head * value_h + column * value_d, mask=column < HEAD_DIM, other=0.0)
-            new_out += pseudo[:, None] * value.to(tl.float32)[None, :]
+            new_out += pseudo[:, None] * value[None, :]
         new_out = new_out.to(out.dtype)
         if IN_PLACE:
             tl.store(source, new_out, mask=tile)

@@ -236,7 +236,8 @@ def test_compiles_for_a_gpu_without_one():
         "import torch\n"
         "from benchmarks.kernel_report import cli, cubin, roof\n"
         "variants = [(90, torch.bfloat16, 128), (90, torch.float32, 128), (80, torch.bfloat16, 256), (100, torch.bfloat16, 64)]\n"
-        "for variant in [cubin.Variant(*at, True, 'arange') for at in variants]:\n"
+        "value = cubin.Variant(90, torch.bfloat16, 128, True, 'table', True)\n"
+        "for variant in [*(cubin.Variant(*at, True, 'arange') for at in variants), value]:\n"
         "    found = cubin.compile_variant(variant)\n"
         "    assert cli.fault(variant, found) is None, (variant, found)\n"
         "    assert cli.fault(variant, found._replace(spilled=8)) == 'spills'\n"
@@ -250,6 +251,8 @@ def test_compiles_for_a_gpu_without_one():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0].split()
+    first, *_, value = [line.split() for line in done.stdout.splitlines()]
     assert int(first[-2]) <= 1400
     assert int(first[-1]) <= 400
+    # One multiplication more per element, 128 for 32 rows, and little beside it.
+    assert int(first[-2]) + 128 <= int(value[-2]) + 164 <= int(first[-2]) + 300

@@ -114,7 +114,7 @@ def test_other_than_four_dimensions(shape: tuple[int, ...]):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_launch_with_a_value(in_place: bool):
-    """Past the ops, and where a mode looks on through them: the same bits."""
+    """Past the ops, and where a mode looks on through them: the same result."""
     out, lse = problem(37, 24, torch.float32)
     mass = with_sink(torch.zeros(1, 37), torch.randn(3, 1), torch.randn(3, 24))
     kept = out.clone()
