@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex.epilogue.formula import exp_difference, real_share_and_lse, times_share
+from sm_flex.epilogue.formula import exp_difference, real_share_and_lse, times_share, times_share_plus_value
 from sm_flex.mass.closed_form import HUGE
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import plain_eager
@@ -147,13 +147,16 @@ def remask_kernel(
         tile = inside[:, None] & (column < HEAD_DIM)[None, :]
         source = out_ptr + batch * out_b + head * out_h + first * out_s
         source = source + (in_tile.to(tl.int64) * out_s)[:, None] + (column * out_d)[None, :]
-        # Nothing is read of a fully masked row, whose out may hold NaN: 0 is stored.
+        value = share
+        if HAS_VALUE:  # loaded before out: after it, sm_90 spills at head_dim 256
+            value = tl.load(value_ptr + head * value_h + column * value_d, mask=column < HEAD_DIM, other=0.0)
+            value = value.to(tl.float32)
+        # Nothing is read of a fully masked row, whose out may hold NaN: 0 is taken for it.
         masked = share < 0.0
         out = tl.load(source, mask=tile & ~masked[:, None], other=0.0)
         new_out = out.to(tl.float32) * tl.where(masked, 0.0, share)[:, None]
         if HAS_VALUE:
-            value = tl.load(value_ptr + head * value_h + column * value_d, mask=column < HEAD_DIM, other=0.0)
-            new_out += pseudo[:, None] * value.to(tl.float32)[None, :]
+            new_out += pseudo[:, None] * value[None, :]
         new_out = new_out.to(out.dtype)
         if IN_PLACE:
             tl.store(source, new_out, mask=tile)
@@ -267,6 +270,5 @@ def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     assert new_lse is not None
     if mass.sink_HS is None or mass.sink_value_HD is None:
         return times_share(out, share, lse), new_lse
-    pseudo = exp_difference(mass.sink_HS, new_lse)
-    wide = times_share(out.to(share.dtype), share, lse)
-    return (wide + pseudo.unsqueeze(-1) * mass.sink_value_HD.unsqueeze(-2)).to(out.dtype), new_lse
+    sink_share = exp_difference(mass.sink_HS.to(lse.dtype), new_lse)
+    return times_share_plus_value(out, share, lse, sink_share, mass.sink_value_HD.to(lse.dtype)), new_lse
