@@ -15,7 +15,8 @@ Words, here and inside:
     lse, lse'           log-sum-exp of a row's real scores, and of the real and the pseudo scores together
     real share s        sigmoid(lse - log M), what of a row's attention goes to real tokens (alpha in section 4.2)
     remask, epilogue    out' = s * out, the step after the softmax
-    fully masked row    one that sees no key: lse = -inf, out' = 0
+    sink, sink value    one more pseudo score per row, and the value v that it may carry: out' = s * out + exp(sink - lse') * v
+    fully masked row    one that sees no key: lse = -inf, out' = 0, or what is left to it of a sink's value
 """
 
 from sm_flex._version import __version__ as __version__

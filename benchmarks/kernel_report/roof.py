@@ -21,6 +21,12 @@ BUDGETS = {
     (2, 64): (800, 300), (2, 128): (1400, 400), (2, 256): (2600, 800),
     (4, 64): (900, 400), (4, 128): (1800, 800), (4, 256): (3200, 1600),
 }  # fmt: skip
+# The same where a sink carries a value: one multiplication more per element, and two numbers per row instead of the
+# arithmetic of log M, which then comes from a table.
+VALUE_BUDGETS = {
+    (2, 64): (750, 200), (2, 128): (1400, 250), (2, 256): (2600, 500),
+    (4, 64): (900, 250), (4, 128): (1600, 500), (4, 256): (2600, 1000),
+}  # fmt: skip
 
 
 class Machine(NamedTuple):
@@ -44,6 +50,9 @@ ISSUED = 0.6
 FLOPS = 400e12
 TOKENS, HEADS, HEAD_DIM = 32768, 16, 128
 LENGTHS = (2048, 4096, 8192, 16384)
+# Of a sink with a value: time over plain attention's at these lengths, and the share of the copy bandwidth.
+VALUE_LIMITS = (1.06, 1.03, 1.015, 1.01)
+VALUE_COPY = 0.85
 
 
 def per_32_rows(variant: Variant, cubin: Cubin) -> tuple[int, int]:
@@ -52,10 +61,14 @@ def per_32_rows(variant: Variant, cubin: Cubin) -> tuple[int, int]:
     return touched, skipped
 
 
+def budget(variant: Variant) -> tuple[int, int]:
+    return (VALUE_BUDGETS if variant.has_value else BUDGETS)[variant.dtype.itemsize, variant.head_dim]
+
+
 def over_budget(variant: Variant, cubin: Cubin) -> bool:
     """Out of place no tile is skipped."""
     touched, skipped = per_32_rows(variant, cubin)
-    most, most_skipped = BUDGETS[variant.dtype.itemsize, variant.head_dim]
+    most, most_skipped = budget(variant)
     return touched > most or (variant.in_place and skipped > most_skipped)
 
 
@@ -93,10 +106,13 @@ class Estimate(NamedTuple):
 
 
 def estimate(length: int, gamma: str, variant: Variant, cubin: Cubin) -> Estimate:
+    """gamma is "zero", "headwise", or "value": a sink with a value, of which every row has a share."""
     machine = MACHINES[variant.arch]
-    touched = share_of_tiles_touched(length, torch.zeros(HEADS) if gamma == "zero" else headwise_gamma(HEADS), variant)
+    gammas = torch.zeros(HEADS) if gamma == "zero" else headwise_gamma(HEADS)
+    touched = 1.0 if gamma == "value" else share_of_tiles_touched(length, gammas, variant)
     rows = TOKENS * HEADS
-    size = rows * 8 + touched * rows * 2 * variant.head_dim * variant.dtype.itemsize
+    table = 4 if variant.source == "table" else 0
+    size = rows * (8 + table) + touched * rows * 2 * variant.head_dim * variant.dtype.itemsize
     tiles = rows / variant.rows * NUM_WARPS
     instructions = tiles * (touched * cubin.instructions + (1 - touched) * cubin.skipped)
     slots = machine.multiprocessors * machine.issue_slots * machine.clock * ISSUED
@@ -129,6 +145,15 @@ def judge(estimates: list[Estimate]) -> list[tuple[str, float, float, bool]]:
                 1 + at.us / at.attention_us for at in estimates if at.length in lengths and at.gamma in gammas
             )
     return [(t.text, t.limit, figures[t.text], _meets(t, figures[t.text])) for t in GPU if t.text in figures]
+
+
+def judge_value(estimates: list[Estimate]) -> list[tuple[str, float, float, bool]]:
+    """The same of a sink with a value, within the limits of gamma 0, which touches every tile too."""
+    figures = {f"a sink with a value / plain, forward+backward, S = {at.length}": 1 + at.us / at.attention_us for at in estimates}
+    limits = dict(zip(figures, VALUE_LIMITS, strict=True))
+    judged = [(text, limits[text], figure, figure <= limits[text]) for text, figure in figures.items()]
+    copy = min(at.bytes_us / at.us for at in estimates)
+    return [*judged, ("epilogue, a sink with a value: of the measured copy bandwidth", VALUE_COPY, copy, copy >= VALUE_COPY)]
 
 
 def _meets(target: Target, figure: float) -> bool:

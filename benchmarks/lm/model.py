@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.heads = size.heads
         self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
-        self.mass = Mass(variant, size.heads, size.length)
+        self.mass = Mass(variant, size.heads, size.length, size.width // size.heads)
         self.register_buffer("slopes", headwise_gamma(size.heads), persistent=False)
         self.watch: list[tuple[Tensor, Tensor]] | None = None  # where set, (q, k) of each call, (R, H, S, D)
 

@@ -30,6 +30,7 @@ LINE_STYLES = {
     "token-fixed": LineStyle("#009E73", (0, (5, 1)), "P"),
     "token-learned": LineStyle("#CC79A7", (0, (5, 1)), "X"),
     "sink-learned": LineStyle("#808080", (0, (2, 1)), "*"),
+    "sink-value": LineStyle("#808080", "-", "p"),
 }
 LEADING = ("causal", "stablemask")  # the two that are compared; the other lines are thinner
 SMALL = 9  # points; a README shows 10 inches as some 850 pixels

@@ -135,8 +135,10 @@ def low_precision(device: torch.device) -> torch.autocast:
 
 
 def new_optimizer(model: nn.Module, size: Size) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]  # norms and learned sinks do not decay
+    of_kind: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        of_kind[p.dim() > 1 and not name.endswith("sink_values")].append(p)
+    matrices, others = of_kind[True], of_kind[False]  # norms, learned sinks and what they carry do not decay
     groups = [{"params": matrices, "weight_decay": size.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, size.beta_2), eps=1e-8, fused=True)
 

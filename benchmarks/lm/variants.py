@@ -1,11 +1,13 @@
 """What benchmarks.lm compares: plain causal attention, StableMask, the paper's Table 3, and gpt-oss's sinks.
 
 All are one call of sm_flex with another log M, but for the learned artificial token: that is plain causal
-attention over rows that have one more token at their start (text.pack puts it there).
+attention over rows that have one more token at their start (text.pack puts it there). A learned sink with a
+value is close to it: what such a token gives to each head of each layer, if it looked the same to every query.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ class Variant:
     constant: float | None = None  # of every pseudo score
     sink: float | None = None  # one more pseudo score per row
     learned_sink: bool = False  # one per head, which starts at 0
+    learned_value: bool = False  # what the learned sink carries, one per head, which starts at 0
     token: bool = False  # a learned token before every row
     kept: tuple[int, ...] = (0,)  # first tokens that window attention keeps, when texts get longer
     rescaled: bool = False  # out of attention, divided by the share that the row has where all scores are 0
@@ -37,6 +40,7 @@ ALL = (
     Variant("token-fixed", "fixed artificial token", sink=0.0),
     Variant("token-learned", "learned artificial token", token=True, kept=(1,)),
     Variant("sink-learned", "learned sink per head", learned_sink=True),
+    Variant("sink-value", "learned sink per head, with a value", learned_sink=True, learned_value=True),
 )
 # Not for use: to find out why StableMask gains or loses (why.py).
 STUDIED = (
@@ -63,18 +67,19 @@ def named(name: str) -> Variant:
 
 
 class Mass(nn.Module):
-    """The variant's StableMask at given positions. Each layer has one, with its own learned sinks."""
+    """The variant's StableMask at given positions. Each layer has one, with its own learned sinks and values (H, dim)."""
 
     gamma: Tensor
     sink: Tensor | None
 
-    def __init__(self, variant: Variant, heads: int, length: int) -> None:
+    def __init__(self, variant: Variant, heads: int, length: int, dim: int) -> None:
         super().__init__()
         self.variant, self.length = variant, length
         gamma = headwise_gamma(heads) if variant.gamma == "headwise" else torch.tensor(float(variant.gamma))
         self.register_buffer("gamma", gamma, persistent=False)
         self.register_buffer("sink", None if variant.sink is None else torch.tensor(variant.sink), persistent=False)
         self.sinks = nn.Parameter(torch.zeros(heads)) if variant.learned_sink else None
+        self.sink_values = nn.Parameter(torch.zeros(heads, dim)) if variant.learned_value else None
         self.progress = 1.0  # part of the training that is done
 
     def forward(self, positions: Tensor, score_mod: ScoreMod | None = None) -> StableMask:
@@ -85,7 +90,8 @@ class Mass(nn.Module):
         if self.variant.faded and self.progress < 0.5:
             sink = log_mass(self.gamma, positions, self.length) - FADE * (1 - 2 * self.progress)
             return stablemask(math.inf, length=self.length, positions=positions, score_mod=score_mod, sink=sink)
-        return stablemask(self.gamma, length=self.length, positions=positions, score_mod=score_mod, sink=sink)
+        options: Any = {"positions": positions, "score_mod": score_mod, "sink": sink, "sink_value": self.sink_values}
+        return stablemask(self.gamma, length=self.length, **options)
 
     def share_at_scores_0(self, positions: Tensor) -> Tensor:
         """(p + 1) / (p + 1 + M(p)), (H | 1, S) or (B, H | 1, S): what of a row is real if all scores are 0."""

@@ -76,7 +76,7 @@ def mean_share_at_start(run: TrainingRun) -> float:
     """Over heads and the N positions, all scores 0."""
     if run.variant.rescaled:
         return 1.0
-    mass = Mass(run.variant, run.size.heads, run.size.length)
+    mass = Mass(run.variant, run.size.heads, run.size.length, run.size.width // run.size.heads)
     mass.progress = 0.0
     return mass.share_at_scores_0(torch.arange(run.size.length)).mean().item()
 

@@ -79,14 +79,17 @@ def by_hand(layer: Attention, x: Tensor, position: str, window: int, kept: int) 
         if position == "alibi":
             scores = scores - headwise_gamma(HEADS)[:, None] * (len(keys) - 1 - places)
         log_m = layer.mass(torch.tensor([i])).mass(CPU, 1, 1, torch.float32).table(1, torch.float32)
-        weights = torch.softmax(torch.cat([scores, log_m.expand(HEADS, 1)], dim=1), dim=1)[:, :-1]
-        rows.append(torch.einsum("hk,khd->hd", weights, v[keys]).flatten())
+        weights = torch.softmax(torch.cat([scores, log_m.expand(HEADS, 1)], dim=1), dim=1)
+        out = torch.einsum("hk,khd->hd", weights[:, :-1], v[keys])
+        if layer.mass.sink_values is not None:  # with gamma = inf all of log M is the sink's
+            out = out + weights[:, -1:] * layer.mass.sink_values
+        rows.append(out.flatten())
     return layer.out(torch.stack(rows))
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize(("window", "kept"), [(5, 0), (8, 4), (5, 1), (40, 0)])
-@pytest.mark.parametrize("name", ["causal", "stablemask", "pseudo-0.01", "sink-learned"])
+@pytest.mark.parametrize("name", ["causal", "stablemask", "pseudo-0.01", "sink-learned", "sink-value"])
 def test_window_attention_is_a_cache_of_recent_and_kept_tokens(name: str, window: int, kept: int, position: str) -> None:
     layer = random_model(name, position).attentions[0]
     torch.manual_seed(3)
@@ -187,11 +190,12 @@ def test_rescaled_rows_start_at_causal_s_size_and_a_faded_mass_comes_in() -> Non
         ("pseudo-0.01", [n / (n + (4 - n) * math.exp(0.01)) for n in (1, 2, 3, 4)]),
         ("token-fixed", [1 / 2, 2 / 3, 3 / 4, 4 / 5]),
         ("sink-learned", [1 / 2, 2 / 3, 3 / 4, 4 / 5]),
+        ("sink-value", [1 / 2, 2 / 3, 3 / 4, 4 / 5]),
         ("token-learned", [1, 1, 1, 1]),
         ("stablemask-0.5", [n / (n + sum(math.exp(-0.5 * j) for j in range(n, 4))) for n in (1, 2, 3, 4)]),
     ],
 )
 def test_masses_by_hand(name: str, expected: list[float]) -> None:
     """What is real of a row whose scores are all 0, N = 4."""
-    share = Mass(named(name), 1, 4).share_at_scores_0(torch.arange(4))
+    share = Mass(named(name), 1, 4, 8).share_at_scores_0(torch.arange(4))
     torch.testing.assert_close(share.detach(), torch.tensor([expected], dtype=torch.float32))

@@ -229,12 +229,21 @@ def test_without_a_length_n_is_that_of_the_call() -> None:
 
 def test_every_law_of_stablemask() -> None:
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, visible: Any, scale: Any, sink: Any = None, **options: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        gamma: Tensor,
+        visible: Any,
+        scale: Any,
+        sink: Any = None,
+        sink_value: Any = None,
+        **options: Any,
     ) -> Tensor:
         if visible is not None:
             raise NotImplementedError("masks are not flash-attn's")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = stablemask(gamma, sink=sink, **options)
+        mask = stablemask(gamma, sink=sink, sink_value=sink_value, **options)
         return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, score_mod=mask).transpose(1, 2)
 
     report = check_attention(attention, max_examples=4)

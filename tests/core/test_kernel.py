@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 from sm_flex.epilogue import kernel as rk
 from sm_flex.epilogue.formula import real_share_and_lse
 from sm_flex.mass.table import Mass
-from tests.helpers.remask_kernel import DEVICE, check, launch, problem
+from tests.helpers.remask_kernel import DEVICE, assert_right_with_value, check, launch, problem, with_sink
 from tests.helpers.triton_rounding import exact_bf16
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
@@ -181,6 +181,7 @@ OPS_ARGS = [
     (None, torch.tensor(0.3, dtype=torch.float64), None, None, 20),
     (None, torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20),
     (None, torch.tensor([0.3, 0.1, 0.0]), None, torch.tensor([0, 4, 17], dtype=torch.int32), 20),
+    (torch.ones(3, 17), None, None, None, 0, torch.zeros(3, 1).expand(3, 17), torch.randn(3, 8)),
 ]
 
 
@@ -215,6 +216,17 @@ def test_the_ops_are_the_plain_formula():
     torch.testing.assert_close(out, new_out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ops_are_the_plain_formula_with_a_value(dtype: torch.dtype):
+    out, lse = problem(17, 8, dtype)
+    out[0, 1, 17 // 2] = math.nan
+    mass = with_sink(torch.zeros(1, 17), torch.randn(3, 1), torch.randn(3, 8))
+    new_out, new_lse = torch.ops.sm_flex.remask(out, lse, *mass)
+    assert_right_with_value(out, lse, mass, new_out, new_lse)
+    torch.testing.assert_close(torch.ops.sm_flex.remask_(out, lse, *mass), new_lse)
+    torch.testing.assert_close(out, new_out)
+
+
 def test_compiles_for_a_gpu_without_one():
     """Ahead of time, in a process where Triton does not interpret: no spill, and instructions within their budget.
 
@@ -224,7 +236,8 @@ def test_compiles_for_a_gpu_without_one():
         "import torch\n"
         "from benchmarks.kernel_report import cli, cubin, roof\n"
         "variants = [(90, torch.bfloat16, 128), (90, torch.float32, 128), (80, torch.bfloat16, 256), (100, torch.bfloat16, 64)]\n"
-        "for variant in [cubin.Variant(*at, True, 'arange') for at in variants]:\n"
+        "value = cubin.Variant(90, torch.bfloat16, 128, True, 'table', True)\n"
+        "for variant in [*(cubin.Variant(*at, True, 'arange') for at in variants), value]:\n"
         "    found = cubin.compile_variant(variant)\n"
         "    assert cli.fault(variant, found) is None, (variant, found)\n"
         "    assert cli.fault(variant, found._replace(spilled=8)) == 'spills'\n"
@@ -238,6 +251,8 @@ def test_compiles_for_a_gpu_without_one():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0].split()
+    first, *_, value = [line.split() for line in done.stdout.splitlines()]
     assert int(first[-2]) <= 1400
     assert int(first[-1]) <= 400
+    # One multiplication more per element, 128 for 32 rows, and little beside it.
+    assert int(first[-2]) + 128 <= int(value[-2]) + 164 <= int(first[-2]) + 300

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 from sm_flex.epilogue import kernel as rk
 from sm_flex.epilogue.formula import real_share_and_lse
 from sm_flex.mass.table import Mass
-from tests.helpers.remask_kernel import DEVICE, check, problem
+from tests.helpers.remask_kernel import DEVICE, assert_right_with_value, check, problem, with_sink
 from tests.helpers.triton_rounding import exact_bf16
 
 # The interpreter computes both sides of a where() in numpy, which warns of inf - inf.
@@ -98,3 +98,47 @@ def test_rows_beyond_the_second_dimension_of_the_grid(limit: int, monkeypatch: p
     monkeypatch.setattr(rk, "MAX_GRID", limit)
     out, lse = problem(300, 64, torch.float32)
     check(out, lse, Mass(torch.randn(3, 300, device=DEVICE)), True)
+
+
+@pytest.mark.parametrize("shape", [(5, 11, 24), (11, 24), (2, 5, 3, 11, 24)])
+def test_other_than_four_dimensions(shape: tuple[int, ...]):
+    """As remask() calls it: the value is the same whatever stands before heads, rows and columns."""
+    out, lse = torch.randn(shape, device=DEVICE), torch.randn(shape[:-1], device=DEVICE)
+    heads = shape[-3] if len(shape) > 2 else 1
+    log_mass, sink = torch.randn(11), torch.randn(heads, 1) if len(shape) > 2 else torch.randn(11)
+    mass = with_sink(log_mass, sink, torch.randn(heads, 24))
+    found = out, lse, *rk.launch(out, lse, mass, in_place=False)
+    out, lse, new_out, new_lse = [x.unsqueeze(0) for x in found] if len(shape) == 2 else found
+    assert_right_with_value(out, lse, mass, new_out, new_lse)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_launch_with_a_value(in_place: bool):
+    """Past the ops, and where a mode looks on through them: the same result."""
+    out, lse = problem(37, 24, torch.float32)
+    mass = with_sink(torch.zeros(1, 37), torch.randn(3, 1), torch.randn(3, 24))
+    kept = out.clone()
+    new_out, new_lse = rk.launch(out, lse, mass, in_place=in_place)
+    assert (new_out is out) == in_place
+    assert in_place or torch.equal(out, kept)
+    assert_right_with_value(kept, lse, mass, new_out, new_lse)
+    with FlopCounterMode(display=False):
+        again, again_lse = rk.launch(kept, lse, mass, in_place=in_place)
+    torch.testing.assert_close(again, new_out)
+    torch.testing.assert_close(again_lse, new_lse)
+
+
+def test_a_launch_without_a_value_has_no_parameter_more():
+    """Its strides are 1, which Triton makes constants, and its pointers None: what is compiled is what was before."""
+    given: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **constants: given.append((args, constants))
+
+    out, lse = torch.empty(2, 3, 37, 24), torch.empty(2, 3, 37)
+    rk._launch(Kernel(), out, out, lse, lse, Mass(torch.empty(1, 37)), in_place=True)
+    ((args, constants),) = given
+    names = dict(zip(rk.remask_kernel.arg_names, args, strict=False)) | constants
+    assert (names["sink_ptr"], names["value_ptr"], names["HAS_VALUE"]) == (None, None, False)
+    assert [names[x] for x in ("sink_b", "sink_h", "sink_s", "value_h", "value_d")] == [1] * 5

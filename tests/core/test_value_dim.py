@@ -26,9 +26,11 @@ MORE = 3  # columns of a value that is wider than the query
 def in_two_halves(fn: Attention) -> Attention:
     """fn with each half of the value's columns, side by side: a value narrower than the query wherever D > 1."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink: Any = None, sink_value: Any = None, **options: Any) -> Any:
         options = options if sink is None else {**options, "sink": sink}
-        results: list[Any] = [fn(q, k, half, **options) for half in v.chunk(2, dim=-1)]
+        halves = [v.chunk(2, dim=-1)] if sink_value is None else [v.chunk(2, dim=-1), sink_value.chunk(2, dim=-1)]
+        each = [dict(zip(("v", "sink_value"), half, strict=False)) for half in zip(*halves, strict=True)]
+        results: list[Any] = [fn(q, k, **half, **options) for half in each]
         if isinstance(results[0], Tensor):
             return torch.cat(results, dim=-1)
         return torch.cat([out for out, _ in results], dim=-1), results[-1][1]
@@ -39,8 +41,10 @@ def in_two_halves(fn: Attention) -> Attention:
 def with_more_columns(fn: Attention) -> Attention:
     """fn with a value that is wider than the query, cut to the query's width again."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, sink: Any = None, sink_value: Any = None, **options: Any) -> Any:
         options = options if sink is None else {**options, "sink": sink}
+        if sink_value is not None:
+            options["sink_value"] = torch.cat([sink_value, sink_value[:, :1].expand(-1, MORE)], dim=-1)
         result = fn(q, k, torch.cat([v, v.flip(-2)[..., :1].expand(*v.shape[:-1], MORE)], dim=-1), **options)
         if isinstance(result, Tensor):
             return result[..., :-MORE]

@@ -14,6 +14,7 @@ from tests.helpers.gpu import DEVICE, name_of
 pytest.importorskip("triton", reason="this torch has no Triton (a CPU build)")
 
 from sm_flex.epilogue.kernel import HALF_ULP, block_shape, launch
+from tests.helpers.remask_kernel import assert_right_with_value, with_sink
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -29,7 +30,16 @@ MASSES = {
     "every other position": lambda: Mass(None, torch.tensor(0.1), torch.arange(2 * ROWS)[::2], None, 400),
     "documents": lambda: Mass(None, torch.tensor(0.1), None, torch.tensor([0, 0, 87, 131, 131, ROWS]).int(), ROWS + 1),
     "one document": lambda: Mass(None, torch.tensor(0.1), None, torch.tensor([0, ROWS]), ROWS),
+    "a value": lambda: with_value(torch.randn(HEADS, 1).expand(HEADS, ROWS)),
+    "a value of each row": lambda: with_value(torch.randn(BATCH, HEADS, ROWS)),
 }
+
+
+def with_value(sink: Tensor, dim: int = 64) -> Mass:
+    """A sink with a value beside a mass, none in the last head."""
+    sink = sink.clone()
+    sink[..., -1, :] = -math.inf
+    return with_sink(torch.randn(1, ROWS), sink, torch.randn(HEADS, dim))
 
 
 def mass_of(name: str) -> Mass:
@@ -62,6 +72,9 @@ def bits(x: Tensor) -> Tensor:
 
 def assert_right(out: Tensor, lse: Tensor, mass: Mass, new_out: Tensor, new_lse: Tensor) -> None:
     """new_out and new_lse against the formula in float64, with the error of the formula in the dtype as the yardstick."""
+    if mass.sink_value_HD is not None:
+        assert_right_with_value(out, lse, mass, new_out, new_lse)
+        return
 
     def formula(dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         log_mass = mass.table(lse.shape[-1], dtype).to(dtype)
@@ -100,9 +113,10 @@ def test_log_mass_inside(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD", "wide"])
 @pytest.mark.parametrize("dim", [1, 40, 256])
-def test_layouts_and_head_dims(layout: str, dim: int, dtype: torch.dtype):
+@pytest.mark.parametrize("value", [False, True])
+def test_layouts_and_head_dims(layout: str, dim: int, value: bool, dtype: torch.dtype):
     out, lse = problem(dim, dtype, layout)
-    mass = mass_of("one per head")
+    mass = with_value(torch.randn(HEADS, 1), dim) if value else mass_of("one per head")
     assert_right(out, lse, mass, *both_ways(out, lse, mass))
 
 
@@ -116,7 +130,7 @@ def test_log_mass_from_a_table(shape: tuple[int, ...], dtype: torch.dtype):
 
 
 @pytest.mark.card("a profile of CUDA")
-@pytest.mark.parametrize("name", ["a number", "positions (B, S)", "documents"])
+@pytest.mark.parametrize("name", ["a number", "positions (B, S)", "documents", "a value"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_one_launch(name: str, in_place: bool):
     out, lse = problem(64, torch.bfloat16)
@@ -207,11 +221,27 @@ def test_saturated_tiles_are_not_written(dtype: torch.dtype):
     assert new_lse[0, 0, 2 * rows + 3].item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_row_of_zeros_takes_its_share_of_the_value_however_large_s_is(dtype: torch.dtype):
+    """s leaves the rows as they are, but for the sink's share of them, which is 0 in float32 in the last tile alone."""
+    rows, _ = block_shape(64, dtype.itemsize)
+    out = torch.zeros(1, 1, 3 * rows, 64, dtype=dtype, device=DEVICE)
+    lse = torch.full((1, 1, 3 * rows), math.log(4 / HALF_ULP[dtype]), device=DEVICE)
+    sink = torch.zeros(1, 3 * rows)
+    sink[:, 2 * rows :] = -150.0
+    mass = with_sink(torch.full((1, 1), -1.0), sink, 1 + torch.rand(1, 64))
+    new_out, new_lse = both_ways(out, lse, mass)
+    assert_right(out, lse, mass, new_out, new_lse)
+    assert (new_out[:, :, : 2 * rows] != 0).all()
+    assert (new_out[:, :, 2 * rows :] == 0).all()
+
+
 OPS_ARGS = {
     "table": lambda: (torch.zeros(1, 17), None, None, None, 0),
     "number": lambda: (None, torch.tensor(0.3, dtype=torch.float64), None, None, 20),
     "positions": lambda: (None, torch.tensor([0.3, 0.1, 0.0]), torch.arange(17), None, 20),
     "documents": lambda: (None, torch.tensor([0.3, 0.1, 0.0]), None, torch.tensor([0, 4, 17]).int(), 20),
+    "value": lambda: (torch.ones(3, 17), None, None, None, 0, torch.zeros(3, 1), torch.randn(3, 8)),
 }
 
 

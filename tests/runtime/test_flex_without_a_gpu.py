@@ -1,6 +1,7 @@
 """What can be known of the flex engine without a GPU: its block lists, and its gradients where torch lets it differentiate."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +103,10 @@ def test_compiled_code_sorts_no_blocks_of_the_causal_slots(kind: str, sorts: boo
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_lse_grad", [False, True])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("ordered", "value_heads"), [(False, 0), (True, 0), (True, 2), (True, 4)])
+def test_flex_engine_where_torch_lets_it_differentiate(
+    ordered: bool, value_heads: int, with_lse_grad: bool, monkeypatch: pytest.MonkeyPatch
+):
     """torch's eager flex differentiates on a CPU once its device check is out of the way: the engine as a GPU would run it."""
     import torch.nn.attention.flex_attention as torch_flex
 
@@ -121,12 +124,13 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
         lambda b, h, i, j: (i - j < 30) & (ordered | (j <= i)), None, None, 64, 64, device="cpu", BLOCK_SIZE=16
     )
 
-    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor):
-        positions = None if ordered else torch.arange(64)
-        mask = stablemask(
-            gamma, length=70, positions=positions, ordered=ordered, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j)
-        )
-        mass = mask.mass(q.device, 64, 64, torch.float32)
+    def sink_of(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(("sink", "sink_value"), tensors, strict=False))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *sink: Tensor):
+        options: Any = {"positions": None if ordered else torch.arange(64), "ordered": ordered, **sink_of(sink)}
+        mask = stablemask(gamma, length=70, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j), **options)
+        mass = mask.mass(q.device, 64, 64, torch.float32, heads=4)
         out, lse, _ = flex.attend(
             q, k, v, mask, mass, scale=0.25, block_mask=block_mask, kernel_options={}, max_scores=False
         )  # fmt: skip
@@ -135,7 +139,11 @@ def test_flex_engine_where_torch_lets_it_differentiate(ordered: bool, with_lse_g
     i = torch.arange(64)
     kwargs = {"length": 70, "scale": 0.25, "visible": i[:, None] - i < 30, "bias": -0.1 * (i[:, None] - i)}
     inputs = [*qkv(2, 4, 2, 64, 64, 16, torch.float32), torch.tensor([0.5, 0.1, 0.01, 0.0])]
-    assert_matches_eq11(run, inputs, kwargs, with_lse_grad=with_lse_grad)
+    inputs += [torch.linspace(-1.0, 4.0, 4), torch.randn(value_heads, 16)] if value_heads else []
+    assert_matches_eq11(run, inputs, lambda *sink: {**kwargs, **sink_of(sink)}, with_lse_grad=with_lse_grad)
+    if value_heads:  # without a gradient the epilogue works in place
+        with torch.no_grad():
+            torch.testing.assert_close(run(*inputs), run(*(x.clone().requires_grad_() for x in inputs)))
 
 
 def test_row_maxima_are_those_of_the_whole_row():
