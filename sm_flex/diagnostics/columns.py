@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sm_flex.checks.mask import check_integers
-from sm_flex.diagnostics.calls import CheckedCall, read
+from sm_flex.diagnostics.calls import CheckedCall, check_count, read
 from sm_flex.engines import dense
 from sm_flex.epilogue.formula import real_share_and_lse
 from sm_flex.runtime import no_autocast
 from sm_flex.score_mod import StableMask
+from sm_flex.visibility.rows import VisibleRows
 
 FIRST, PUNCTUATION, OTHER = range(3)
 
@@ -45,6 +46,7 @@ def column_shares(
     *,
     scale: float | None = None,
     visible: Tensor | BlockMask | None = None,
+    sliding: int | None = None,
     kinds: Tensor | None = None,
     apart: int = 0,
     cells: int | None = None,
@@ -56,6 +58,8 @@ def column_shares(
 
     Args:
         query, key, mask, scale, visible: as for attention_map. S = T: whole sequences.
+        sliding: the sliding window of the layer: how many of the most recent keys a row sees, its own included. As a
+            tensor visible would hold S x S.
         kinds: (T,) integers >= 0, the kind of each key (:func:`token_kinds`), or None.
         apart: how many slots a row must be behind a key to count for the key's mean. A token's own neighbours always look at
             it; a sink is looked at from far.
@@ -77,7 +81,9 @@ def column_shares(
     """
     call = read(query, key, mask, scale, visible, None)
     batch, heads, length, _ = call.query.shape
-    _check(call, kinds, apart, cells)
+    _check(call, sliding, kinds, apart, cells)
+    if sliding is not None:
+        call = call._replace(rows=_within(call.rows, sliding, length, call.query.device))
     device, dtype = call.query.device, call.log_mass.dtype
     slots = torch.arange(length, device=device)
     to_kinds = 0 if kinds is None else int(kinds.max()) + 1
@@ -119,7 +125,7 @@ def token_kinds(tokens: Sequence[str]) -> Tensor:
 
     Args:
         tokens: their texts, in order. Punctuation is a token all of whose characters are neither letters nor digits (Unicode's),
-            white space included; an empty text is such a token too.
+            white space included, and an empty text; but part of a character, which decodes to U+FFFD, is none.
 
     Returns:
         (T,) int64.
@@ -133,7 +139,7 @@ def token_kinds(tokens: Sequence[str]) -> Tensor:
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise TypeError("tokens must be the texts of the tokens, one str each: decode the ids one by one")
-    found = [OTHER if any(map(str.isalnum, token)) else PUNCTUATION for token in tokens]
+    found = [OTHER if any(c.isalnum() or c == "\ufffd" for c in token) else PUNCTUATION for token in tokens]
     return torch.tensor([FIRST, *found[1:]][: len(found)], dtype=torch.long)
 
 
@@ -141,6 +147,11 @@ def cell_of_slots(length: int, cells: int, device: torch.device | None = None) -
     """(S,), which of the C cells each slot is in: slot 0 in cell 0, the others in equal parts."""
     slots = torch.arange(length, device=device)
     return torch.where(slots == 0, 0, 1 + (slots - 1) * (cells - 1) // max(1, length - 1))
+
+
+def _within(rows: VisibleRows, sliding: int, length: int, device: torch.device) -> VisibleRows:
+    slots = torch.arange(length, device=device)
+    return lambda start, end: rows(start, end) & (slots > torch.arange(start, end, device=device).unsqueeze(1) - sliding)
 
 
 def _pairs(cell_of: Tensor, cells: int) -> Tensor:
@@ -152,13 +163,15 @@ def _pairs(cell_of: Tensor, cells: int) -> Tensor:
     return torch.zeros(cells, cells, dtype=seen_SC.dtype, device=cell_of.device).index_add_(0, cell_of, seen_SC)
 
 
-def _check(call: CheckedCall, kinds: Tensor | None, apart: int, cells: int | None) -> None:
+def _check(call: CheckedCall, sliding: int | None, kinds: Tensor | None, apart: int, cells: int | None) -> None:
     length, num_keys = call.query.shape[2], call.key.shape[2]
     if length != num_keys:
         raise ValueError(
             f"column_shares takes whole sequences, got S={length} queries and T={num_keys} keys: look at one full pass, "
             "without a cache"
         )
+    check_count("sliding", sliding, 1)
+    check_count("apart", apart, 0)
     if kinds is not None:
         check_integers(kinds, "kinds")
         if kinds.shape != (num_keys,) or kinds.device != call.query.device:
@@ -167,8 +180,6 @@ def _check(call: CheckedCall, kinds: Tensor | None, apart: int, cells: int | Non
             )
         if num_keys == 0 or int(kinds.min()) < 0:
             raise ValueError("kinds must be >= 0, one for each of at least one key: number them from 0")
-    if isinstance(apart, bool) or not isinstance(apart, int) or apart < 0:
-        raise ValueError(f"apart must be an int >= 0, got {apart!r}")
     if cells is not None and (isinstance(cells, bool) or not isinstance(cells, int) or not 1 <= cells <= max(1, length)):
         raise ValueError(f"cells must be an int from 1 to S={length}, got {cells!r}: the picture has no more rows than the matrix")
     if cells == 1 and length > 1:

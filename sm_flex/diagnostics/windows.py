@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sm_flex.checks.tensors import check_qkv, check_scale, check_visible
+from sm_flex.diagnostics.calls import check_count
 from sm_flex.dropins.sdpa import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod, StableMask, stablemask
 
@@ -26,6 +27,7 @@ def windowed_attention(
     keep: int = 0,
     scale: float | None = None,
     visible: Tensor | None = None,
+    sliding: int | None = None,
 ) -> Tensor:
     """Attention in which row i sees the ``window`` most recent keys, its own included, and the first ``keep`` slots.
 
@@ -39,6 +41,7 @@ def windowed_attention(
         window: at least 1. keep: at least 0.
         scale: of the scores, 1/sqrt(D) where None.
         visible: boolean, broadcastable to (B, H, S, S), what is seen at all; None for all.
+        sliding: the sliding window of the layer itself, which hides kept slots too; None for none.
 
     Returns:
         (B, H, S, Dv), in query's dtype.
@@ -55,7 +58,7 @@ def windowed_attention(
                 [0.5000, 0.0000, 0.5000, 0.0000],
                 [0.5000, 0.0000, 0.0000, 0.5000]])
     """
-    _check(query, key, value, mask, window, keep, scale, visible)
+    _check(query, key, value, mask, window, keep, scale, visible, sliding)
     length, device = query.shape[2], query.device
     mask = stablemask(math.inf, length=1) if mask is None else mask
     if visible is not None:
@@ -68,6 +71,8 @@ def windowed_attention(
         slots = torch.cat([kept, torch.arange(oldest, end, device=device)])
         rows = torch.arange(start, end, device=device).unsqueeze(1)
         seen = ((slots <= rows) & ((rows - slots < window) | (slots < keep)))[None, None]
+        if sliding is not None:
+            seen = seen & (rows - slots < sliding)
         if visible is not None:
             seen = seen & (visible[:, :, start:end] if visible.shape[2] > 1 else visible)[..., _at(visible, slots)]
         k, v = key[:, :, slots], value[:, :, slots]
@@ -107,7 +112,7 @@ def _at_slots(inner: ScoreMod, start: int, slots: Tensor) -> ScoreMod:
 
 def _check(
     query: Tensor, key: Tensor, value: Tensor, mask: StableMask | None, window: int, keep: int, scale: float | None,
-    visible: Tensor | None,
+    visible: Tensor | None, sliding: int | None,
 ) -> None:  # fmt: skip
     if mask is not None and not isinstance(mask, StableMask):
         raise TypeError(f"mask must be a StableMask, or None for plain causal attention, got {type(mask).__name__}")
@@ -120,9 +125,10 @@ def _check(
             f"windowed_attention takes whole sequences, got S={query.shape[2]} queries and T={key.shape[2]} keys: pass one full "
             "pass, without a cache"
         )
-    for name, x, least in (("window", window, 1), ("keep", keep, 0)):
-        if isinstance(x, bool) or not isinstance(x, int) or x < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {x!r}")
+    if window is None or keep is None:
+        raise ValueError("window and keep must be ints, got None: without a window call scaled_dot_product_attention")
+    for name, x, least in (("window", window, 1), ("keep", keep, 0), ("sliding", sliding, 1)):
+        check_count(name, x, least)
     if visible is not None:
         if not isinstance(visible, Tensor):
             raise TypeError(f"visible must be a boolean tensor or None, got {type(visible).__name__}")
