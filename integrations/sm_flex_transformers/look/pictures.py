@@ -31,8 +31,8 @@ def first_token(report: dict[str, Any]) -> Figure:
     figure.colorbar(image, ax=left, label="share of the first token")
     left.set(xlabel="head", ylabel="layer", title="attention to the first token")
     _whole_numbers(left)
-    positions = [max(1, p) for p in report["positions"]]
-    curves = [np.mean(layer, 0) for layer in report["first"]["by_position"]]
+    positions = report["positions"][1:]  # the first token sees itself alone
+    curves = [np.mean(layer, 0)[1:] for layer in report["first"]["by_position"]]
     cut = np.array_split(np.arange(len(curves)), min(3, len(curves)))
     for layers, color in zip(cut, ("#9ecae1", "#4292c6", "#084594"), strict=False):
         names = report["layers"][layers[0]], report["layers"][layers[-1]]

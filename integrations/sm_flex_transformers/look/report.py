@@ -70,7 +70,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     top = max(range(len(by_layer)), key=by_layer.__getitem__)
     found = [
         f"The first token gets {_percent(first['mean'])} of the attention; in layer {report['layers'][top]}, where it gets most, "
-        f"{_percent(by_layer[top])}. {first['heads_above']} of {heads} heads give it more than {_percent(first['above'])}."
+        f"{_percent(by_layer[top])}. {first['heads_above']} of {heads} heads give it more than {100 * first['above']:.0f} %."
     ]
     other = report["other_column"]["largest"]
     found.append(

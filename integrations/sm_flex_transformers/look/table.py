@@ -12,7 +12,7 @@ def table(report: dict[str, Any]) -> str:
     tokens, kinds = report["tokens"], report["kinds"]
     first, real = (layer_means(report[name]["by_head"]) for name in ("first", "real"))
     lines = [
-        f"{report['model']}: {len(report['layers'])} attention layers, {sum(report['heads'])} heads; {tokens['rows']} rows of "
+        f"{report['model']}: {len(report['layers'])} attention layers, {sum(report['heads'])} heads; {tokens['rows']} row{'s' if tokens['rows'] > 1 else ''} of "
         f"{tokens['length']} tokens of {report['text']}",
         "",
         f"{'layer':>5} {'first':>6} {'max':>6} {'punct.':>6} {'other':>6} {'real':>6} {'any col.':>8} {'norm 0':>9} {'norm any':>9}",
