@@ -181,6 +181,8 @@ def _check(call: CheckedCall, sliding: int | None, kinds: Tensor | None, apart: 
         if num_keys == 0 or int(kinds.min()) < 0:
             raise ValueError("kinds must be >= 0, one for each of at least one key: number them from 0")
     if cells is not None and (isinstance(cells, bool) or not isinstance(cells, int) or not 1 <= cells <= max(1, length)):
-        raise ValueError(f"cells must be an int from 1 to S={length}, got {cells!r}: the picture has no more rows than the matrix")
+        raise ValueError(
+            f"cells must be an int from 1 to S={length}, got {cells!r}: the picture has no more rows than the matrix"
+        )
     if cells == 1 and length > 1:
         raise ValueError("cells must be at least 2 where S > 1: slot 0 has a cell of its own")

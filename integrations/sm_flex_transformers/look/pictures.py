@@ -55,7 +55,13 @@ def kinds(report: dict[str, Any]) -> Figure:
     left.set_xticks(x, report["layers"], fontsize=8)
     if len(x) > 40:
         left.set_xticks(x[::8], report["layers"][::8])
-    left.set(xlabel="layer", ylabel="share of the attention", ylim=(0, 1), title="attention by kind of token", xlim=(-0.7, len(x) - 0.3))
+    left.set(
+        xlabel="layer",
+        ylabel="share of the attention",
+        ylim=(0, 1),
+        title="attention by kind of token",
+        xlim=(-0.7, len(x) - 0.3),
+    )
     for i, (values, title) in enumerate(((report["kinds"]["mean"], "attention"), (report["kinds"]["of_tokens"], "tokens"))):
         bottom = 0.0
         for value, color in zip(values, (FIRST, PUNCTUATION, OTHER), strict=True):
@@ -85,7 +91,11 @@ def norms(report: dict[str, Any]) -> Figure:
 
 def windows(report: dict[str, Any]) -> Figure:
     tokens, found = report["tokens"], report["perplexity"]
-    names = ["all keys", f"window of {tokens['window']}\nfirst token leaves", f"window of {tokens['window']}\nfirst {tokens['kept']} kept"]
+    names = [
+        "all keys",
+        f"window of {tokens['window']}\nfirst token leaves",
+        f"window of {tokens['window']}\nfirst {tokens['kept']} kept",
+    ]
     values = [found[name]["late_perplexity"] or 0.0 for name in (ALL, WINDOW, KEPT)]
     figure, (axes,) = _figure(6, 3.6, 1)
     for i, (value, color) in enumerate(zip(values, (GREY, PUNCTUATION, FIRST), strict=True)):

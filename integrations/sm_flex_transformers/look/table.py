@@ -54,5 +54,3 @@ def _norms(report: dict[str, Any], i: int) -> str:
 
 def _figure(x: float | None) -> str:
     return "-" if x is None else f"{x:,.2f}"
-
-
