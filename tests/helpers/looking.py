@@ -14,7 +14,8 @@ from tests.helpers.transformers_models import COMMON, VOCABULARY, model_of
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,;:!?\n"
 BOS = 1
-TEXT = "".join(f"{word}{end}" for word, end in zip("the cat sat on a mat and ran".split() * 60, " .,;!\n   " * 70, strict=False))
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran"] * 60
+TEXT = "".join(f"{word}{end}" for word, end in zip(WORDS, " .,;!\n   " * 70, strict=False))
 
 
 def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:

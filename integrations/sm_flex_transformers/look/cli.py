@@ -72,7 +72,7 @@ def run(args: Any) -> None:
     from sm_flex_transformers.look import page, pictures, report, table  # matplotlib is there
 
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
-    found = report.report_of(looked, model, tokenizer, name, texts.BUNDLED if text is None else args.text.name)
+    found = report.report_of(looked, model, tokenizer, name, texts.BUNDLED if args.text is None else args.text.name)
     check_is_free(out)
     out.mkdir(parents=True, exist_ok=True)
     report.save(found, out / "report.json")

@@ -1,6 +1,7 @@
 """What look measures is what the model's own attention weights say, and the model does not notice."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -80,7 +81,7 @@ def check_shares(found: Any, weights: list[list[Tensor]], kinds: Tensor) -> None
             by_text = [x[:, far:, row == kind].sum(-1).mean(1) for x, row in zip(matrices, kinds, strict=True)]
             agree(layer.mean("kinds")[:, kind], torch.stack(by_text).mean(0))
         edges = [*found.positions, LENGTH]
-        for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(edges)):
             agree(layer.mean("first")[:, i], matrices[..., start:end, 0].mean((0, 2)))
             agree(layer.mean("real")[:, i], matrices[..., start:end, :].sum(-1).mean((0, 2)))
         columns = torch.stack([matrices[..., j + far :, j].mean(-1) for j in range(1, LENGTH - 2 * far + 1)], -1)

@@ -76,7 +76,7 @@ def test_it_writes_a_table_pictures_figures_and_a_page(
     cells = page.base64.b64decode(found["cells"]["bytes"])
     assert len(cells) == 12 * found["cells"]["size"] ** 2
     assert found["cells"]["size"] == 48
-    assert cells[0] == 255 * round((report["first"]["by_position"][0][0][0]) ** 0.5)  # slot 0 sees itself alone
+    assert cells[0] == round(255 * report["first"]["by_position"][0][0][0] ** 0.5)  # of slot 0 to itself
 
 
 def test_a_page_of_a_very_large_model_stays_below_its_limit(tmp_path: Path) -> None:
