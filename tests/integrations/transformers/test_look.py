@@ -14,7 +14,7 @@ from transformers import AttentionInterface, GptOssConfig, masking_utils
 
 from sm_flex.engines import dense
 from sm_flex.testing import oracle
-from sm_flex_transformers.look import BadInput, calls, look, texts
+from sm_flex_transformers.look import BadInput, calls, look
 from sm_flex_transformers.look.losses import next_token_losses, runs_in_pieces
 from sm_flex_transformers.look.measure import Measure
 from sm_flex_transformers.look.report import report_of, sentences
@@ -253,14 +253,6 @@ def test_what_was_put_around_a_model_is_gone_after_an_error() -> None:
     assert model.training
     layers: Any = model.model.layers
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-
-
-def test_the_bundled_text_fills_rows_of_8192_tokens() -> None:
-    """Of a usual tokenizer, some four characters a token; it is prose in ASCII."""
-    text = texts.bundled()
-    assert 40_000 < len(text) < 48_000
-    assert text.isascii()
-    assert "Down the Rabbit-Hole" in text
 
 
 LLAMA = plain(MODELS["llama"]())

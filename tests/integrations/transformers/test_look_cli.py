@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from sm_flex_transformers.look import cli, page
+from sm_flex_transformers.look import cli, page, texts
 from sm_flex_transformers.look.measure import LayerShares, Looked, cells_for, position_groups
 from sm_flex_transformers.look.report import report_of
 from sm_flex_transformers.look.texts import Rows
@@ -188,3 +188,11 @@ def test_a_missing_matplotlib_is_said_before_anything_runs(
     line = refusal(capsys, str(model), "--out", str(tmp_path / "out"))
     assert "matplotlib must be installed" in line
     assert "pip install 'sm-flex[bench]'" in line
+
+
+def test_the_bundled_text_fills_rows_of_8192_tokens() -> None:
+    """Of a usual tokenizer, some four characters a token; it is prose in ASCII."""
+    text = texts.bundled()
+    assert 40_000 < len(text) < 48_000
+    assert text.isascii()
+    assert "Down the Rabbit-Hole" in text
