@@ -43,7 +43,7 @@ def llama(**changes: Any) -> PreTrainedModel:
         ({"gamma": [0.1, [2], 3, 4, 5, 6]}, TypeError, 'must be "headwise", a number or a list of numbers'),
         ({"length": 0}, ValueError, '"length"\\] must be at least 1, got 0'),
         ({"length": 2.5}, TypeError, "must be an int, the training length, got 2.5"),
-        ({"lenght": 5}, ValueError, "knows gamma and length, got 'lenght'"),
+        ({"lenght": 5}, ValueError, "knows gamma, length, sink and sink_value, got 'lenght'"),
         ("headwise", TypeError, "must be a dict"),
     ],
 )
