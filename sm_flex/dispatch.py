@@ -65,7 +65,7 @@ def attend(
     options: Any
     with no_autocast(q.device):
         engine = choose.choose(need)
-        mass = mask.mass(q.device, q.shape[2], k.shape[2], score_dtype(q))
+        mass = mask.mass(q.device, q.shape[2], k.shape[2], score_dtype(q), heads=q.shape[1])
         if engine == "flex":
             if backend in choose.FLEX_BACKENDS:
                 flex_options["BACKEND"] = backend
@@ -77,7 +77,7 @@ def attend(
             visible = visible_rows(seen, q.shape[:3], k.shape[2], q.device, mask.ordered)
             options = {"bias": attn_mask if is_bias else None, "reads": seen if isinstance(seen, Tensor) else None}
             options |= {"score_mod": mask.score_mod, "dropout_p": dropout_p, "aligned": mask.ordered}
-            return *dense.attend(q, k, v, mass.table(q.shape[2], score_dtype(q)), visible, scale=scale, **options), None
+            return *dense.attend(q, k, v, mass.tabled(q.shape[2], score_dtype(q)), visible, scale=scale, **options), None
         rows = cpu_chunks.rows_together(q.shape[2], k.shape[2]) if engine == "cpu" else None
         if rows is not None:
             return *cpu_chunks.attend(q, k, v, mass, attn_mask, scale, rows, return_lse=return_lse), None
@@ -114,7 +114,7 @@ def attend_packed(
     options: Any = {"may_be_masked": may_be_masked, "window": window, "right": right, "max_q": max_q, "max_k": max_k}
     call = Call(q, k, v, None, cu_q, cu_k, causal=True, scale=scale, **options)
     with no_autocast(q.device):
-        mass = mask.mass(q.device, q.shape[0], k.shape[0], score_dtype(q), cu_q)
+        mass = mask.mass(q.device, q.shape[0], k.shape[0], score_dtype(q), cu_q, heads=q.shape[1])
         if paged:
             out, lse, _ = varlen.forward(call, **paged)
             return epilogue(out, lse, mass, in_place=True)
@@ -124,4 +124,4 @@ def attend_packed(
             return autograd.attend(engine, call, mass, return_lse=return_lse)
         visible = document_rows(cu_q, cu_k, q.shape[0], k.shape[0], window, right)
         q, k, v = [varlen.to_bhsd(x) for x in (q, k, v)]
-        return dense.attend(q, k, v, mass.table(q.shape[2], score_dtype(q)), visible, scale=scale, aligned=False)
+        return dense.attend(q, k, v, mass.tabled(q.shape[2], score_dtype(q)), visible, scale=scale, aligned=False)

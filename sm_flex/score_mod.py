@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink
+from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink, check_sink_value
 from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.table import Mass, cached_table
 from sm_flex.runtime import HAS_TRITON, device_type, differentiable, readable, watched
@@ -23,8 +23,8 @@ class ScoreMod(Protocol):
 class StableMask:
     """StableMask attention as a score_mod: made by :func:`stablemask`, given to a drop-in.
 
-    gamma, length, positions, score_mod, sink and ordered are what stablemask() was given. gamma, and a sink,
-    are tensors here.
+    gamma, length, positions, score_mod, sink, sink_value and ordered are what stablemask() was given. gamma,
+    and a sink, are tensors here.
     """
 
     gamma: Tensor
@@ -33,6 +33,7 @@ class StableMask:
     score_mod: ScoreMod | None
     sink: Tensor | None = None
     ordered: bool = True
+    sink_value: Tensor | None = None
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -61,7 +62,13 @@ class StableMask:
         return torch.where(q_idx >= kv_idx, real, (-kv_idx * gamma).to(score.dtype))
 
     def mass(
-        self, device: torch.device, num_queries: int, num_keys: int, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+        self,
+        device: torch.device,
+        num_queries: int,
+        num_keys: int,
+        dtype: torch.dtype,
+        cu_seqlens: Tensor | None = None,
+        heads: int | None = None,
     ) -> Mass:
         """log M of a call with S queries, T keys and scores of dtype. N is T where no length was given.
 
@@ -71,6 +78,8 @@ class StableMask:
 
         cu_seqlens: the documents of packed rows, whose positions restart at each where the mask has no
             positions.
+        heads: H of the call, to each of which the sink's value goes. None, where only the mass is asked for:
+            without that value.
         """
         gamma, sink = self._on(device, "gamma", self.gamma), None
         length = num_keys if self.length is None else self.length
@@ -79,7 +88,13 @@ class StableMask:
             sink = self._on(device, "sink", self.sink)
         elif HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
             return Mass(None, gamma, self.positions, cu_seqlens, length)
-        return Mass(cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype))
+        table = cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype)
+        if sink is None or self.sink_value is None or heads is None:
+            return Mass(table)
+        sink_HS = (sink.reshape(-1, 1) if sink.dim() < 2 else sink).to(dtype)
+        value, groups = self.sink_value.to(dtype), heads // self.sink_value.shape[0]
+        value_HD = value if groups == 1 else value.repeat_interleave(groups, dim=0)
+        return Mass(table, sink_HS=sink_HS, sink_value_HD=value_HD)
 
     def largest_pseudo_score(self, device: torch.device, num_queries: int, num_keys: int) -> Tensor:
         """The largest pseudo score of each row, for a mask without a sink: float32, broadcastable to (B, H, S)."""
@@ -99,7 +114,7 @@ class StableMask:
         return self._copies[name, device]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.sink, self.ordered)
+        return StableMask, (self.gamma, self.length, self.positions, self.score_mod, self.sink, self.ordered, self.sink_value)
 
 
 def stablemask(
@@ -109,6 +124,7 @@ def stablemask(
     positions: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     sink: float | Tensor | None = None,
+    sink_value: Tensor | None = None,
     ordered: bool = True,
 ) -> StableMask:
     """StableMask (Yin et al., ICML 2024) as a score_mod for sm_flex's drop-ins.
@@ -132,6 +148,11 @@ def stablemask(
             e^sink). A number, or a floating tensor: 0-d, (H,) with one per query head (gpt-oss's learned
             sinks; with gamma = inf they are all the mass there is), or broadcastable to (B, H, S) ((H, T_q)
             for varlen_attn), which can stand for any mass. It may require grad.
+        sink_value: what the sink's pseudo score carries, where it is not to be a bin without a value: out' = s
+            out + p_sink sink_value, p_sink = exp(sink - lse'). A floating tensor on the device of the call,
+            (H, Dv) with one value per query head, or (Hkv, Dv) with one for the query heads of each key head.
+            A pretrained model's attention sink is of this kind. Needs a sink; it may require grad. A row that
+            sees no key then gives the share of the value that is left to it, and not 0.
         ordered: False where slots do not follow the sequence, as in the shards of context parallelism. Then
             the block_mask of flex_attention alone says which keys a query sees, and must itself be causal. It
             is required, as are positions.
@@ -166,7 +187,10 @@ def stablemask(
         raise TypeError("score_mod of a StableMask must be an ordinary score_mod, got another StableMask")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod must be callable or None, got {type(score_mod).__name__}")
-    return StableMask(gamma, length, positions, score_mod, None if sink is None else check_sink(sink), ordered)
+    sink = None if sink is None else check_sink(sink)
+    if sink_value is not None:
+        check_sink_value(sink_value, sink)
+    return StableMask(gamma, length, positions, score_mod, sink, ordered, sink_value)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -22,15 +22,26 @@ def check_is_stablemask(score_mod: Any, function: str) -> None:
 
 
 def check_mask_fits(
-    mask: StableMask, rows: Sequence[int], num_keys: int, device: torch.device, block_mask: BlockMask | None = None
+    mask: StableMask,
+    rows: Sequence[int],
+    num_keys: int,
+    device: torch.device,
+    block_mask: BlockMask | None = None,
+    *,
+    values: Sequence[int] | None,
 ) -> None:
-    """The mask against a call of rows (B, H, S): its heads, lengths, positions, devices and block_mask."""
+    """The mask against a call of rows (B, H, S): its heads, lengths, positions, devices and block_mask.
+
+    values: the call's (Hkv, Dv), None where it has no values.
+    """
     batch, heads, num_queries = rows
     _check_per_head("gamma", mask.gamma, heads, device, ": see headwise_gamma")
     if mask.sink is not None:
         _check_per_head("sink", mask.sink, heads, device)
         if mask.sink.dim() > 1 and not broadcasts(mask.sink.shape, rows):
             raise ValueError(f"sink must be broadcastable to (B, H, S) = {tuple(rows)}, got {tuple(mask.sink.shape)}")
+    if mask.sink_value is not None:
+        _check_sink_value_fits(mask.sink_value, heads, values, device)
     if not mask.ordered and block_mask is None:
         raise ValueError(
             "block_mask is required with stablemask(..., ordered=False), where it alone says which keys a query sees: "
@@ -51,6 +62,20 @@ def _check_per_head(name: str, x: Tensor, heads: int, device: torch.device, way_
         raise ValueError(f"{name} must be on the device of query, {device}, got {x.device}: use {name}.to({str(device)!r})")
     if x.dim() == 1 and x.shape[0] != heads:
         raise ValueError(f"{name} must have one value for each of the {heads} query heads, got {x.shape[0]}{way_out}")
+
+
+def _check_sink_value_fits(value: Tensor, heads: int, values: Sequence[int] | None, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(
+            f"sink_value must be on the device of query, {device}, got {value.device}: use sink_value.to({str(device)!r})"
+        )
+    if values is None:
+        return
+    kv_heads, dim = values
+    if value.shape[0] not in (heads, kv_heads) or value.shape[1] != dim:
+        raise ValueError(
+            f"sink_value must be (H, Dv) = {(heads, dim)} or (Hkv, Dv) = {(kv_heads, dim)}, got {tuple(value.shape)}"
+        )
 
 
 def check_positions_fit(positions: Tensor, batch: int, count: int, device: torch.device, name: str = "positions") -> None:

@@ -55,6 +55,21 @@ def check_sink(sink: Any) -> Tensor:
     return torch.tensor(float(sink), dtype=torch.float64)
 
 
+def check_sink_value(sink_value: Any, sink: Any) -> None:
+    if not isinstance(sink_value, Tensor):
+        raise TypeError(f"sink_value must be a floating tensor, got {type(sink_value).__name__}")
+    if sink is None:
+        raise ValueError(
+            "sink is required where sink_value is given: pass stablemask(..., sink=...), the level of its pseudo score"
+        )
+    if not sink_value.is_floating_point():
+        raise TypeError(f"sink_value must be a floating tensor, got dtype {sink_value.dtype}")
+    if sink_value.dim() != 2:
+        raise ValueError(f"sink_value must be (H, Dv), one value per head, got shape {tuple(sink_value.shape)}")
+    if readable(sink_value) and not bool(sink_value.isfinite().all()):
+        raise ValueError("sink_value must be finite, got NaN or inf")
+
+
 def check_length(length: Any) -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an int, the training length, got {type(length).__name__}")

@@ -27,7 +27,7 @@ def check_varlen(
     """varlen_attn's arguments with a StableMask. paged: the given ones of seqused_k, block_table and num_splits."""
     if "block_table" not in paged:
         check_qkv(query, key, value, enable_gqa, "THD")
-    if differentiable(query, key, value, mask.gamma, mask.sink):
+    if differentiable(query, key, value, mask.gamma, mask.sink, mask.sink_value):
         for name in ("block_table", "seqused_k"):
             if name in paged:
                 raise NotImplementedError(f"{name} is for inference: call under torch.no_grad()")
@@ -47,7 +47,7 @@ def check_varlen(
         if cu is None and name == "cu_seq_k" and paged:
             continue
         check_cu_seqlens(name, cu, query.device)
-    _check_documents(query, key, cu_q, cu_k, mask, paged)
+    _check_documents(query, key, value, cu_q, cu_k, mask, paged)
     check_longest("max_q", max_q, cu_q)
     check_longest("max_k", max_k, cu_k)
 
@@ -67,7 +67,7 @@ def check_cu_values(name: str, cu: Tensor, total: int) -> None:
 
 
 def _check_documents(
-    query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: StableMask, paged: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor | None, mask: StableMask, paged: dict[str, Any]
 ) -> None:
     num_queries = query.shape[0]
     num_keys = num_queries if paged else key.shape[0]
@@ -75,7 +75,7 @@ def _check_documents(
         raise ValueError(f"positions must be (T_q,) = ({num_queries},) for varlen_attn, got {tuple(mask.positions.shape)}")
     if paged and mask.positions is None:
         raise ValueError("positions are required with a paged or padded cache: pass stablemask(..., positions=..., length=...)")
-    check_mask_fits(mask, (1, query.shape[1], num_queries), num_keys, query.device)
+    check_mask_fits(mask, (1, query.shape[1], num_queries), num_keys, query.device, values=value.shape[-2:])
     if cu_k is None or paged:
         return
     if cu_k.shape != cu_q.shape:

@@ -48,7 +48,7 @@ def read(
     num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
     if mask is not None:
         block_mask = visible if isinstance(visible, BlockMask) else None
-        check_mask_fits(mask, query.shape[:3], num_keys, device, block_mask)
+        check_mask_fits(mask, query.shape[:3], num_keys, device, block_mask, values=None)
     if visible is not None:
         check_visible(visible, query, key)
     if isinstance(visible, Tensor):

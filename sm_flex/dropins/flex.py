@@ -95,7 +95,7 @@ def flex_attention(
     check_aux(return_aux, AuxRequest)
     check_kernel_options(kernel_options)
     check_scale(scale)
-    check_mask_fits(score_mod, query.shape[:3], key.shape[2], query.device, block_mask)
+    check_mask_fits(score_mod, query.shape[:3], key.shape[2], query.device, block_mask, values=value.shape[1::2])
     max_scores = return_aux is not None and return_aux.max_scores
     if max_scores and score_mod.sink is not None:
         raise NotImplementedError("max_scores is not known of a StableMask with a sink, which may be many scores: leave it out")

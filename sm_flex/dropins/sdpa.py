@@ -73,5 +73,5 @@ def scaled_dot_product_attention(
         check_attn_mask(attn_mask, query, key)
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     check_scale(scale)
-    check_mask_fits(score_mod, query.shape[:3], num_keys, query.device)
+    check_mask_fits(score_mod, query.shape[:3], num_keys, query.device, values=value.shape[1::2])
     return attend(query, key, value, score_mod, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p)[0]

@@ -2,7 +2,8 @@
 
 Call the library's ordinary backward with out' and lse'. It rebuilds P' = exp(score - lse'), which are
 StableMask's probabilities, and delta = rowsum(grad_out * out'), which is what dS = P' * (dP - delta) needs,
-since the pseudo columns have value 0. Nothing differentiates through lse.
+since the pseudo columns have value 0. Nothing differentiates through lse. Nor does a sink's value change any
+of this: out' holds its part of delta.
 
 A loss that reaches lse' adds P' * grad_lse' to dS. No kernel takes that, but delta - grad_lse' in the place
 of delta gives the same. Every kernel computes delta from grad_out and out'. So both are widened by columns
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sm_flex.engines import Call, Kernel, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
-from sm_flex.epilogue.remask import epilogue, log_mass_grad
+from sm_flex.epilogue.remask import epilogue, log_mass_grad, sink_value_grads
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import differentiable, plain_eager
 from sm_flex.visibility.bias import fully_masked_rows
@@ -38,16 +39,18 @@ WIDENING = 8
 PARTS = 3
 # What the Function takes, one after the other, and where those stand that have a gradient.
 ARGUMENTS = ("engine", "return_lse", *Call._fields, *Mass._fields)
-Q, K, V, BIAS, LOG_MASS = [ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS")]
+Q, K, V, BIAS, LOG_MASS, SINK, SINK_VALUE = [
+    ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS", "sink_HS", "sink_value_HD")
+]
 
 
 def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out' (B, H, S, D), and lse' (B, H, S) if wanted, by one of the KERNELS.
 
-    Differentiable in q, k, v, bias and log M.
+    Differentiable in q, k, v, bias and log M, and in a sink and its value.
     """
     q, k, v, bias = call.q, call.k, call.v, call.bias
-    if plain_eager() and not differentiable(q, k, v, bias, mass.log_mass_HS):
+    if plain_eager() and not differentiable(q, k, v, bias, mass.log_mass_HS, mass.sink_value_HD):
         # In a decode step the Function alone would cost more than the attention.
         out, lse, _ = forward(engine, call, mass, return_lse)
         return out, lse if return_lse else None
@@ -85,7 +88,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, engine: str, return_lse: bool, *arguments: Any) -> Any:
         call, mass = Call(*arguments[: len(Call._fields)]), Mass(*arguments[len(Call._fields) :])
-        inputs = (call.q, call.k, call.v, call.bias, call.cu_q, call.cu_k, mass.log_mass_HS)
+        inputs = (call.q, call.k, call.v, call.bias, call.cu_q, call.cu_k, mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD)
         if call.cu_q is not None and mass.log_mass_HS is None and mass.positions is None:
             mass = mass._replace(cu_seqlens=call.cu_q)
         out, lse, state = forward(engine, _with_cu_k(call), mass)
@@ -101,13 +104,15 @@ class _Attend(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(ARGUMENTS)
         if grad_out is None and grad_lse is None:
             return tuple(grads)
-        q, k, v, bias, cu_q, cu_k, log_mass, out_BSHD, lse, *state = ctx.saved_tensors
+        q, k, v, bias, cu_q, cu_k, log_mass, sink, sink_value, out_BSHD, lse, *state = ctx.saved_tensors
         call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
         if grad_out is None:
             grad_out = torch.zeros_like(out_BSHD)
         grad_out, out = grad_out.transpose(1, 2), out_BSHD.transpose(1, 2)
         if ctx.needs_input_grad[LOG_MASS]:
             grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
+        if ctx.needs_input_grad[SINK] or ctx.needs_input_grad[SINK_VALUE]:
+            grads[SINK], grads[SINK_VALUE] = sink_value_grads(grad_out, lse, sink, sink_value)
         if bias is not None or call.may_be_masked:
             # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.
             lse = lse.masked_fill(torch.isneginf(lse), torch.inf)

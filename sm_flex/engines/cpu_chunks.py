@@ -39,8 +39,6 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """As autograd.attend("cpu", ...), in blocks of rows."""
     num_queries, num_keys = q_BHSD.shape[2], k_BHTD.shape[2]
-    log_mass = mass.log_mass_HS
-    assert log_mass is not None, "on a CPU log M is a table"
 
     def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor | None]:
         end = start + q_block.shape[2]
@@ -51,6 +49,6 @@ def attend(
             bias = torch.where(part, bias, -math.inf) if part.dtype == torch.bool else bias + part
         k, v = k_BHTD[:, :, :keys], v_BHTD[:, :, :keys]
         call = Call(q_block, k, v, bias, None, None, causal=False, scale=scale)
-        return autograd.attend("cpu", call, Mass(log_mass[..., start:end]), return_lse=return_lse)
+        return autograd.attend("cpu", call, mass.rows(start, end), return_lse=return_lse)
 
-    return in_row_blocks(block, q_BHSD, rows, k_BHTD, v_BHTD, attn_mask)
+    return in_row_blocks(block, q_BHSD, rows, k_BHTD, v_BHTD, attn_mask, mass.sink_HS, mass.sink_value_HD)

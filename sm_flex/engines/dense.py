@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sm_flex.engines import Need
 from sm_flex.engines.row_blocks import in_row_blocks
-from sm_flex.epilogue.remask import remask
+from sm_flex.epilogue.remask import remask_by_mass
+from sm_flex.mass.table import Mass
+from sm_flex.runtime import score_dtype
 from sm_flex.visibility.bias import bias_block
 from sm_flex.visibility.rows import VisibleRows, vmap_bhqk
 
@@ -29,7 +31,7 @@ def attend(
     q_BHSD: Tensor,
     k_BHTD: Tensor,
     v_BHTD: Tensor,
-    log_mass: Tensor,
+    mass: Mass,
     visible: VisibleRows,
     *,
     scale: float,
@@ -41,14 +43,14 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """out' (B, H, S, Dv) in q's dtype and lse' (B, H, S).
 
-    log_mass broadcasts to (B, H, S), bias to (B, H, S, T). visible(first, end) gives rows of the mask, and
+    The mass is a table that broadcasts to (B, H, S), bias to (B, H, S, T). visible(first, end) gives rows of the mask, and
     reads is the tensor behind it, if it is one. aligned: it shows no row i a key beyond i + T - S.
     """
     batch, heads, num_rows, _ = q_BHSD.shape
     kv_heads, num_keys = k_BHTD.shape[1:3]
-    wide_v = v_BHTD.to(log_mass.dtype)
-    weigh = weights_by_rows(k_BHTD, visible, log_mass.dtype, scale=scale, bias=bias, score_mod=score_mod)
-    log_mass = log_mass.expand(*log_mass.shape[:-1], num_rows)
+    dtype = score_dtype(q_BHSD)
+    wide_v = v_BHTD.to(dtype)
+    weigh = weights_by_rows(k_BHTD, visible, dtype, scale=scale, bias=bias, score_mod=score_mod)
 
     def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = q_block.shape[2]
@@ -58,13 +60,14 @@ def attend(
             weights = torch.dropout(weights, dropout_p, train=True)
         grouped = weights.reshape(batch, kv_heads, heads // kv_heads * rows, keys)
         out = (grouped @ wide_v[:, :, :keys]).reshape(batch, heads, rows, v_BHTD.shape[-1])
-        out, lse = remask(out, lse, log_mass[..., start : start + rows])
+        out, lse = remask_by_mass(out, lse, mass.rows(start, start + rows))
         return out.to(q_BHSD.dtype), lse
 
     spans = row_blocks(batch, heads, num_rows, num_keys)
     if len(spans) == 1:
         return block(q_BHSD, 0)
-    return in_row_blocks(block, q_BHSD, spans[0][1], k_BHTD, v_BHTD, bias, reads, preserve_rng=dropout_p > 0)
+    read = (k_BHTD, v_BHTD, bias, reads, mass.sink_HS, mass.sink_value_HD)
+    return in_row_blocks(block, q_BHSD, spans[0][1], *read, preserve_rng=dropout_p > 0)
 
 
 def row_blocks(batch: int, heads: int, num_rows: int, num_keys: int) -> list[tuple[int, int]]:

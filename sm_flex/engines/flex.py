@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from sm_flex.engines import Need
-from sm_flex.epilogue.remask import epilogue, remask
+from sm_flex.epilogue.remask import epilogue, remask_by_mass
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import BEFORE_2_14, differentiable
 from sm_flex.score_mod import StableMask
@@ -56,6 +56,6 @@ def attend(
     row_max = None
     if max_scores:
         row_max = torch.maximum(aux.max_scores, mask.largest_pseudo_score(device, num_queries, num_keys))
-    if differentiable(out, mass.log_mass_HS):
-        return *remask(out, aux.lse, mass.table(num_queries, torch.float32)), row_max
+    if differentiable(out, mass.log_mass_HS, mass.sink_value_HD):
+        return *remask_by_mass(out, aux.lse, mass.tabled(num_queries, torch.float32)), row_max
     return *epilogue(out, aux.lse, mass, in_place=True), row_max

@@ -4,7 +4,11 @@
 
 A fully masked row sees no key: lse = -inf. Its s is 0, also where log M = -inf too.
 
-Shapes: lse is (B, H, S), log M broadcastable to it.
+Where a sink carries a value v, log M is the whole mass, the sink's part included, and the row has a third share:
+
+    p_sink = exp(sink - lse'),   out' = s * out + p_sink * v
+
+Shapes: lse is (B, H, S), log M and the sink broadcastable to it, v (H, D).
 """
 
 import torch
@@ -32,6 +36,14 @@ def times_share(out: Tensor, share: Tensor, lse: Tensor, *, may_be_masked: bool 
     product = out * share.unsqueeze(-1).to(out.dtype)
     # In place: out of place, masked_fill lays it out anew, and the backward of cuDNN counts on out's memory.
     return product.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0) if may_be_masked else product
+
+
+def times_share_plus_value(
+    out: Tensor, share: Tensor, lse: Tensor, sink_share: Tensor, sink_value_HD: Tensor, *, may_be_masked: bool = True
+) -> Tensor:
+    """s * out + p_sink * v, rounded to out's dtype once. A fully masked row is p_sink * v, whatever out holds there."""
+    wide = times_share(out.to(share.dtype), share, lse, may_be_masked=may_be_masked)
+    return wide.addcmul_(sink_share.unsqueeze(-1), sink_value_HD.unsqueeze(-2)).to(out.dtype)
 
 
 def pseudo_share(new_lse: Tensor, log_mass: Tensor) -> Tensor:

@@ -7,11 +7,20 @@ Plain PyTorch here; kernel.py is the same in one Triton launch, for a GPU.
 Shapes in names: B batch, H query heads, S queries, D head dim of the values.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sm_flex.checks.tensors import broadcasts
-from sm_flex.epilogue.formula import exp_difference, pseudo_share, real_share_and_lse, times_share
+from sm_flex.epilogue.formula import (
+    exp_difference,
+    pseudo_share,
+    real_share_and_lse,
+    times_share,
+    times_share_plus_value,
+)
+from sm_flex.mass.closed_form import log_add
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import HAS_TRITON, check_no_transform, device_type, watched
 
@@ -22,22 +31,30 @@ else:
     kernel = None
 
 
-def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+def remask(
+    out: Tensor, lse: Tensor, log_mass: Tensor, *, sink: Tensor | None = None, sink_value: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """StableMask's epilogue alone, for a caller with an attention kernel of their own.
 
     s = sigmoid(lse - log_mass), out' = s * out, lse' = logaddexp(lse, log_mass). With (out, lse) of ordinary
     causal attention this is eq. 11. For ring attention merge the shards first, then remask once.
-    Differentiable in all three. A kernel whose backward ignores the gradient of lse needs the drop-ins
+    Differentiable in all five. A kernel whose backward ignores the gradient of lse needs the drop-ins
     instead, whose backward does not use it.
+
+    With a sink log M is log(e^log_mass + e^sink) in both, and where the sink carries a value out' gains
+    exp(sink - lse') * sink_value.
 
     Args:
         out: (..., S, D) floating, attention output. Not written to.
         lse: (..., S) float32 or float64, natural log-sum-exp of the real scores; -inf for a row without
             visible keys, of which out is not used.
-        log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`.
+        log_mass: broadcastable to lse, from :func:`sm_flex.log_mass`: the mass of gamma alone, -inf for none.
+        sink: one more pseudo score per row: (H,) with one per head, or broadcastable to lse; -inf is none.
+        sink_value: what that score carries, (H, D) or (1, D). Needs a sink.
 
     Returns:
-        out' like out, lse' like lse. A fully masked row (lse = -inf) has share 0, and out' = 0.
+        out' like out, lse' like lse. A fully masked row (lse = -inf) has share 0, and out' = 0, or what the
+        sink adds to it.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, shape or device.
@@ -48,7 +65,10 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         >>> remask(out, lse, torch.zeros(1, 2))[0][0, 0, 0]
         tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    for name, x in (("out", out), ("lse", lse), ("log_mass", log_mass)):
+    given = [("out", out), ("lse", lse), ("log_mass", log_mass)]
+    if sink is not None or sink_value is not None:
+        given += [("sink", sink)] if sink_value is None else [("sink", sink), ("sink_value", sink_value)]
+    for name, x in given:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -64,31 +84,68 @@ def remask(out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not broadcasts(log_mass.shape, lse.shape):
         raise ValueError(f"log_mass must be broadcastable to lse, {tuple(lse.shape)}, got {tuple(log_mass.shape)}")
+    if sink is not None:
+        _check_sink(sink, sink_value, out, lse)
+    whole = log_mass.to(lse.dtype)
+    if sink is None:
+        return remask_by_mass(out, lse, Mass(whole))
+    sink = sink.to(lse.dtype)
+    sink = sink.unsqueeze(-1) if sink.dim() == 1 else sink
+    whole = log_add(whole, sink)
+    if sink_value is None:
+        return remask_by_mass(out, lse, Mass(whole))
+    heads = out.shape[-3] if out.dim() > 2 else 1
+    value_HD = sink_value.to(lse.dtype).expand(heads, -1)
+    return remask_by_mass(out, lse, Mass(whole, sink_HS=sink, sink_value_HD=value_HD))
+
+
+def _check_sink(sink: Tensor, sink_value: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    heads = out.shape[-3] if out.dim() > 2 else 1
+    if sink.dim() == 1 and sink.shape[0] not in (1, heads):
+        raise ValueError(f"sink must have one value for each of the {heads} heads of lse, got {sink.shape[0]}")
+    if sink.dim() > 1 and not broadcasts(sink.shape, lse.shape):
+        raise ValueError(f"sink must be (H,) or broadcastable to lse, {tuple(lse.shape)}, got {tuple(sink.shape)}")
+    if sink_value is not None and sink_value.shape not in ((heads, out.shape[-1]), (1, out.shape[-1])):
+        raise ValueError(f"sink_value must be (H, D) = {(heads, out.shape[-1])}, got {tuple(sink_value.shape)}")
+
+
+def remask_by_mass(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
+    """remask() by a Mass that is a table, for the engines that differentiate through their log-sum-exp."""
     check_no_transform()
-    return _Remask.apply(out, lse, log_mass.to(lse.dtype))
+    return _Remask.apply(out, lse, mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD)
 
 
 class _Remask(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out: Tensor, lse: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-        new_out, new_lse = epilogue(out, lse, Mass(log_mass), in_place=False)
+    def forward(
+        ctx: Any, out: Tensor, lse: Tensor, log_mass: Tensor, sink: Tensor | None, sink_value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        mass = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value)
+        new_out, new_lse = epilogue(out, lse, mass, in_place=False)
         assert new_lse is not None
-        ctx.save_for_backward(out, lse, log_mass, new_lse)
+        ctx.save_for_backward(out, lse, log_mass, new_lse, sink, sink_value)
         return new_out, new_lse
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grad_outputs
-        out, lse, log_mass, new_lse = ctx.saved_tensors
+        out, lse, log_mass, new_lse, sink, sink_value = ctx.saved_tensors
         pseudo = pseudo_share(new_lse, log_mass)
         real = exp_difference(lse, new_lse)
         grad_s = (grad_out.to(new_lse.dtype) * out.to(new_lse.dtype)).sum(-1)
         grad_s = grad_s.masked_fill(torch.isneginf(lse), 0.0)  # a fully masked row's out may hold NaN
         slope = grad_s * real * pseudo
+        grad_total, grads_of_value = grad_lse, (None, None)
+        if sink_value is not None:
+            # p_sink = exp(sink - lse') falls as lse' rises, whichever of its terms made it rise.
+            grad_p = (grad_out.to(new_lse.dtype) * sink_value.unsqueeze(-2)).sum(-1)
+            grad_total = grad_lse - grad_p * exp_difference(sink, new_lse)
+            grads_of_value = sink_value_grads(grad_out, new_lse, sink, sink_value)
         return (
             grad_out * real.unsqueeze(-1).to(grad_out.dtype),
-            slope + grad_lse * real,
-            (grad_lse * pseudo - slope).sum_to_size(log_mass.shape),
+            slope + grad_total * real,
+            (grad_total * pseudo - slope).sum_to_size(log_mass.shape),
+            *grads_of_value,
         )
 
 
@@ -113,7 +170,15 @@ def epilogue(
     ):
         return kernel.launch(out, lse, mass, in_place=in_place)
     log_mass = mass.table(out.shape[-2], lse.dtype)
+    return_lse = return_lse or mass.sink_value_HD is not None
     share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    sink_share = None
+    if mass.sink_HS is not None and mass.sink_value_HD is not None:
+        assert new_lse is not None
+        sink_share = exp_difference(mass.sink_HS, new_lse)
+        if not in_place or compiling or out.dtype != share.dtype:
+            value = (sink_share, mass.sink_value_HD)
+            return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
     # Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes
     # longer (to S = 4k).
     if not in_place or compiling:
@@ -121,6 +186,8 @@ def epilogue(
     out.mul_((share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1))
     if may_be_masked:
         out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    if sink_share is not None and mass.sink_value_HD is not None:
+        out.addcmul_(sink_share.unsqueeze(-1), mass.sink_value_HD.unsqueeze(-2))
     return out, new_lse
 
 
@@ -129,3 +196,13 @@ def log_mass_grad(grad_out: Tensor, out: Tensor, lse: Tensor, log_mass: Tensor, 
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     inner = -delta if grad_lse is None else grad_lse - delta
     return (inner * pseudo_share(lse, log_mass)).sum_to_size(log_mass.shape)
+
+
+def sink_value_grads(grad_out: Tensor, lse: Tensor, sink: Tensor, sink_value: Tensor) -> tuple[Tensor, Tensor]:
+    """What a sink and its value get from p_sink * v in out': p_sink * (grad_out . v) and p_sink * grad_out, summed over rows.
+
+    lse is StableMask's own lse'. What the sink gets as a part of log M is not in it (log_mass_grad).
+    """
+    grad_out, share = grad_out.to(lse.dtype), exp_difference(sink, lse)
+    grad_sink = ((grad_out * sink_value.unsqueeze(-2)).sum(-1) * share).sum_to_size(sink.shape)
+    return grad_sink, (grad_out * share.unsqueeze(-1)).sum(-2).sum_to_size(sink_value.shape)

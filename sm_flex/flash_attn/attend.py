@@ -42,7 +42,7 @@ def attend_batch(q: Tensor, k: Tensor, v: Tensor, request: Request, *, return_ls
     shift = num_keys - num_queries
     slot = torch.arange(num_queries, device=q.device) + shift
     mask = mask_of(request, q, num_keys, None if shift == 0 else slot.clamp(min=0))
-    check_mask_fits(mask, (batch, heads, num_queries), num_queries, q.device)
+    check_mask_fits(mask, (batch, heads, num_queries), num_queries, q.device, values=v.shape[-2:])
     inner = score_mod_of(request, slot, q, k)
     if left == -1 and right == 0:
         mask = _with(mask, score_mod=inner)
@@ -106,7 +106,7 @@ def attend_documents(
     mask = mask_of(request, q, k.shape[0], positions)
     if mask.positions is not None and mask.positions.dim() != 1:
         raise ValueError(f"positions must be (T_q,) = ({num_queries},), got {tuple(mask.positions.shape)}")
-    check_mask_fits(mask, (1, heads, num_queries), num_queries, q.device)
+    check_mask_fits(mask, (1, heads, num_queries), num_queries, q.device, values=v.shape[-2:])
     if not request.changes_scores and request.dropout_p == 0:
         options: Any = {"scale": request.scale, "window": request.left, "right": request.right, "return_lse": False}
         out, _ = attend_packed(q, k, v, cu_q, cu_k, max_q, max_k, mask, paged={}, **options)
@@ -141,7 +141,7 @@ def attend_spans(
     need = Need(q_BHSD, k_BHTD, v_BHTD, score_mod=True, block_mask=True, dropout_p=request.dropout_p, lse_grad=return_lse)
     options: Any = {"scale": score_scale(request.scale, q_BHSD.shape[-1])}
     with no_autocast(q_BHSD.device):
-        mass = mask.mass(q_BHSD.device, num_queries, num_keys, score_dtype(q_BHSD))
+        mass = mask.mass(q_BHSD.device, num_queries, num_keys, score_dtype(q_BHSD), heads=q_BHSD.shape[1])
         if choose.choose(need) == "flex":
             rows = batch if spans.slot.dim() == 2 else None
             block_mask = create_block_mask(spans.mask_mod(), rows, None, num_queries, num_keys, device=str(q_BHSD.device))
@@ -150,8 +150,8 @@ def attend_spans(
             out, lse, _ = flex.attend(q_BHSD, k_BHTD, v_BHTD, alone, mass, **options)
             return out, lse
         options |= {"aligned": aligned, "score_mod": inner, "dropout_p": request.dropout_p}
-        table = mass.table(num_queries, score_dtype(q_BHSD))
-        return dense.attend(q_BHSD, k_BHTD, v_BHTD, table, spans.rows(num_keys), **options)
+        mass = mass.tabled(num_queries, score_dtype(q_BHSD))
+        return dense.attend(q_BHSD, k_BHTD, v_BHTD, mass, spans.rows(num_keys), **options)
 
 
 def _packs(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> bool:
@@ -180,7 +180,7 @@ def mask_of(request: Request, q: Tensor, num_keys: int, positions: Tensor | None
 
 def _with(mask: StableMask, **changes: Any) -> StableMask:
     """The mask with other fields, and with the copies of its numbers that it holds for each device."""
-    names = ("gamma", "length", "positions", "score_mod", "sink", "ordered", "_copies")
+    names = ("gamma", "length", "positions", "score_mod", "sink", "sink_value", "ordered", "_copies")
     return StableMask(**{name: changes.get(name, getattr(mask, name)) for name in names})
 
 

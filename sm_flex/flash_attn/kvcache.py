@@ -99,7 +99,9 @@ def flash_attn_with_kvcache(
     check_slopes(alibi_slopes, q.shape[0], q)
     if differentiable(q, k_cache, v_cache, k, v, learnable_sink, alibi_slopes, *_learned(score_mod)):
         raise NotImplementedError("flash_attn_with_kvcache is for inference: call under torch.no_grad()")
-    check_mask_fits(mask_of(request, q, 0, None), (q.shape[0], q.shape[2], q.shape[1]), q.shape[1], q.device)
+    check_mask_fits(
+        mask_of(request, q, 0, None), (q.shape[0], q.shape[2], q.shape[1]), q.shape[1], q.device, values=v_cache.shape[-2:]
+    )
     held = _common(k_cache.shape[1] if cache_seqlens is None else cache_seqlens)
     if k is not None and v is not None:
         _write(k_cache, v_cache, k, v, held, cache_batch_idx)
@@ -172,7 +174,7 @@ def _rows_of(cache: Tensor, row: Tensor | None) -> Tensor:
 
 
 def _learned(mask: StableMask | None) -> tuple[Tensor | None, ...]:
-    return () if mask is None else (mask.gamma, mask.sink)
+    return () if mask is None else (mask.gamma, mask.sink, mask.sink_value)
 
 
 def _check(q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, held: Any, row: Any, pad: Any) -> int:

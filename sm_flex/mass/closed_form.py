@@ -83,7 +83,7 @@ def log_mass_table(
     log_m = closed_form(gamma.to(precise).reshape(-1, 1), _heads_beside_rows(positions), length)
     if sink is not None:
         sink = sink.to(precise)
-        log_m = _log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
+        log_m = log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
     return log_m.to(dtype)
 
 
@@ -127,7 +127,7 @@ def _heads_beside_rows(positions: Tensor) -> Tensor:
     return positions.unsqueeze(1) if positions.dim() == 2 else positions
 
 
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
+def log_add(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b), whose gradient is 0, not NaN, where both are -inf."""
     both_neg_inf = torch.isneginf(a) & torch.isneginf(b)
     total = torch.logaddexp(a.masked_fill(both_neg_inf, 0.0), b.masked_fill(both_neg_inf, 0.0))

@@ -44,6 +44,23 @@ class Mass(NamedTuple):
         assert self.gamma is not None, "a Mass is a table of log M, or the gamma it follows from"
         return log_mass_table(self.gamma, self.positions, self.cu_seqlens, None, self.length, num_queries, dtype)
 
+    def tabled(self, num_queries: int, dtype: torch.dtype) -> "Mass":
+        """The same mass as a table."""
+        return self if self.log_mass_HS is not None else Mass(self.table(num_queries, dtype))
+
+    def rows(self, start: int, end: int) -> "Mass":
+        """Rows start to end of a mass that is a table."""
+        assert self.log_mass_HS is not None, "only a table can be cut"
+        return Mass(
+            _rows(self.log_mass_HS, start, end),
+            sink_HS=None if self.sink_HS is None else _rows(self.sink_HS, start, end),
+            sink_value_HD=self.sink_value_HD,
+        )
+
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    return x if x.shape[-1] == 1 else x[..., start:end]
+
 
 def cached_table(
     gamma: Tensor,
