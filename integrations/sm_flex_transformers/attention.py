@@ -52,7 +52,7 @@ def stablemask_attention(
     """
     forwards.note_call()
     _check(module, is_causal, kwargs)
-    asked = layer_masks.asked(module, query, kwargs)
+    asked = layer_masks.asked(module, query, key, value, kwargs)
     placed = asked is not None and asked.gamma is not None
     if placed and position_ids is not None and position_ids.dim() != 2:
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")

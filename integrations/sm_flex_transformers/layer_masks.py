@@ -10,17 +10,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import StableMask, stablemask
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import keywords, settings, sharding
+from sm_flex_transformers import carried, keywords, settings, sharding
 from sm_flex_transformers.masks import has_values
 
 # By the position ids of a forward, of which every layer is handed the same tensor: (their version, the StableMask).
 _CACHED = WeakIdKeyDictionary()
 
 
-def asked(module: Any, query: Tensor, kwargs: dict[str, Any]) -> settings.Settings | None:
+def asked(module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> settings.Settings | None:
     """What config.stablemask asks of a layer, of this rank's heads, and the model's own sinks; None for plain attention.
 
     Both kinds of sinks together are one: its mass is the sum of theirs.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: what does not fit the layer.
     """
     keep, heads = has_values(query), query.shape[1]
     given = settings.read(module.config, getattr(module, "layer_idx", None), query.device, keep)
@@ -32,8 +35,12 @@ def asked(module: Any, query: Tensor, kwargs: dict[str, Any]) -> settings.Settin
         gamma = sharding.of_own_heads(module, gamma, heads, keep)
     if sink is not None:
         sink = sharding.of_own_heads(module, sink, heads, keep)
+    if sink_value is not None:
+        sink_value = carried.of_own_heads(module, sink_value, query, key, value, keep)
     if own is not None:
-        sink = own if sink is None else _together(own, sink)
+        if sink_value is not None:
+            sink_value = carried.beside(module, sink_value, sink, own)
+        sink = own if sink is None else carried.together(own, sink)
     return settings.Settings(gamma, length, sink, sink_value)
 
 
@@ -66,16 +73,9 @@ def _without_gamma(asked: settings.Settings, query: Tensor, num_keys: int, rows:
     """The core wants to know where rows are that have more keys than queries. To a gamma of inf any place will do."""
     same = query.shape[2] == num_keys
     nowhere = None if same else torch.zeros(rows, dtype=torch.long, device=query.device)
-    return stablemask(math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=asked.sink)
-
-
-def _together(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b) of a model's own sinks, (H,) or (B, H, S), and of the config's, (H,) or 0-d."""
-    if a.dim() == 3 and b.dim() == 1:
-        b = b[:, None]
-    a, b = a.to(b.dtype), b.expand_as(a) if b.dim() < a.dim() else b
-    neither = torch.isneginf(a) & torch.isneginf(b)  # whose gradient would be NaN
-    return torch.logaddexp(a.masked_fill(neither, 0.0), b.masked_fill(neither, 0.0)).masked_fill(neither, -torch.inf)
+    return stablemask(
+        math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=asked.sink, sink_value=asked.sink_value
+    )
 
 
 def cached(asked: settings.Settings, position_ids: Tensor | None, query: Tensor) -> StableMask:
@@ -84,9 +84,12 @@ def cached(asked: settings.Settings, position_ids: Tensor | None, query: Tensor)
         return _make(asked, position_ids)
     version, mask = _CACHED.get(position_ids) or (None, None)
     if mask is None or version != position_ids._version or not _same(mask, asked, position_ids):
-        mask = _make(asked._replace(sink=None), position_ids)
+        mask = _make(asked._replace(sink=None, sink_value=None), position_ids)
         _CACHED[position_ids] = (position_ids._version, mask)
-    return mask if asked.sink is None else dataclasses.replace(mask, sink=asked.sink, _copies={})
+    if asked.sink is None:
+        return mask
+    # Each layer has a sink of its own, which was checked when it was read.
+    return dataclasses.replace(mask, sink=asked.sink, sink_value=asked.sink_value, _copies={})
 
 
 def _make(asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMod | None = None) -> StableMask:
@@ -94,7 +97,9 @@ def _make(asked: settings.Settings, positions: Tensor | None, score_mod: ScoreMo
     if positions is not None:
         positions = positions.clamp(min=0)  # some models number padding -1
         positions = positions[0] if positions.dim() == 2 and positions.shape[0] == 1 else positions
-    return stablemask(asked.gamma, length=asked.length, positions=positions, score_mod=score_mod, sink=asked.sink)
+    return stablemask(
+        asked.gamma, length=asked.length, positions=positions, score_mod=score_mod, sink=asked.sink, sink_value=asked.sink_value
+    )
 
 
 def _same(mask: StableMask, asked: settings.Settings, position_ids: Tensor) -> bool:
