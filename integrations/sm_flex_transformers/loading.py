@@ -58,7 +58,7 @@ def install() -> None:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         from sm_flex_transformers.absorb import learned  # which reads models that this file has made ready
 
-        learned.before_save(self, kwargs.get("state_dict"))
+        learned.before_save(self, kwargs.get("state_dict", args[1] if len(args) > 1 else None))
         return save(self, save_directory, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained
