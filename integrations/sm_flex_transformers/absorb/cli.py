@@ -51,6 +51,7 @@ def run(args: Any) -> None:
     cli.check_is_free(args.out)
     text = texts.bundled() if args.text is None else texts.read(args.text)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     config = cli._config(args.model, "absorb")
     check_config(config)
     tokenizer = cli._tokenizer(args.model)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sm_flex_transformers import absorb_sinks, learn_sinks, sharding
 from tests.helpers.absorbing import ROWS, causal
+from tests.helpers.census.probes import Float64
 from tests.helpers.sink_models import gradients, setting, with_sinks
 from tests.helpers.transformers_models import LENGTH, agree, tokens
 
@@ -37,10 +38,11 @@ def test_the_gradients_are_those_of_differences() -> None:
     weight = torch.linspace(-1, 1, 11 * 61, dtype=torch.float64).view(1, 11, 61)
 
     def total() -> float:
-        with torch.no_grad():
+        with torch.no_grad(), Float64():
             return (model(ids, use_cache=False).logits * weight).sum().item()
 
-    found = gradients(model, ids)
+    with Float64():
+        found = gradients(model, ids)
     for name in ("stablemask_sink", "stablemask_sink_value"):
         x = getattr(model.model.layers[1].self_attn, name)
         at, step = (0,) * (x.dim() - 1) + (1,), 1e-5

@@ -198,3 +198,54 @@ def test_a_wrong_sink(sink: Any, error: type, why: str) -> None:
 def test_a_list_by_layers_needs_a_layer_that_knows_its_number() -> None:
     with pytest.raises(ValueError, match=r"list by layers, and the layer does not know its number \(layer_idx\)"):
         sinks.level(SINKS["layers"], None, LAYERS, HEADS, torch.device("cpu"), True)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "why"),
+    [
+        ([[0.0] * 8] * 3, ValueError, r'"sink_value"\] must be 6 \(query heads\) or 2 \(key heads\) by 8 numbers, .* got 3 by 8'),
+        ([[0.0] * 7] * 2, ValueError, r"by 8 numbers, its value head dim, got 2 by 7"),
+        ([[[0.0] * 8] * 2], ValueError, r'"sink_value"\] must have one entry for each of the model\'s 2 layers, got 1'),
+        ([[[0.0] * 8] * 2, None], None, ""),
+        ([None, [0.0] * 8], TypeError, r'"sink_value"\] of layer 1 must have Dv numbers for each query or key head'),
+        ([[0.0] * 8, [0.0] * 7], ValueError, "the same Dv for all, got 7 and 8 numbers"),
+        ([[0.0] * 7 + [float("nan")]] * 2, ValueError, "must be finite, got nan"),
+        ([["0"] * 8] * 2, TypeError, "must have Dv numbers for each query or key head, got"),
+        ([0.0] * 8, TypeError, "must have Dv numbers for each query or key head, or one such list for each layer, got"),
+        (0.5, TypeError, "must be a list with Dv numbers for each query or key head, or one such list for each layer, got 0.5"),
+    ],
+)
+def test_a_wrong_value(value: Any, error: Any, why: str) -> None:
+    given = {"length": LENGTH, "sink": SINKS["layers"], "sink_value": value}
+    if error is None:
+        with_sinks(given)(tokens(1, 5))
+        return
+    with pytest.raises(error, match=why):
+        with_sinks(given)(tokens(1, 5))
+
+
+def test_a_value_without_a_sink() -> None:
+    with pytest.raises(ValueError, match='"sink_value".* is what the mass of a sink carries, and there is no "sink"'):
+        with_sinks({"length": LENGTH, "sink_value": [[0.0] * 8] * 2})(tokens(1, 5))
+    with pytest.raises(ValueError, match=r'"sink_value"\] of layer 0 has numbers where .* has None: give both, or None twice'):
+        with_sinks({"length": LENGTH, "sink": [None, SINKS["heads"]], "sink_value": [[[0.0] * 8] * 2] * 2})(tokens(1, 5))
+
+
+@pytest.mark.parametrize("more", [{}, {"gamma": "headwise"}], ids=str)
+def test_in_bfloat16_it_is_as_near_to_float64_as_without(more: dict[str, Any]) -> None:
+    ids = tokens(2, LENGTH)
+    with torch.no_grad():
+        error = {}
+        for name, given in (("with", setting("layers", "layers by heads", **more)), ("without", {"length": LENGTH, "gamma": torch.inf})):
+            exact = with_sinks(given)(ids).logits
+            error[name] = (with_sinks(given).bfloat16()(ids).logits.double() - exact).abs().mean()
+    assert error["with"] <= 2 * error["without"]
+
+
+def test_continuous_batching_gives_what_generate_gives() -> None:
+    from tests.integrations.transformers.test_continuous_batching import alone, batched
+
+    model, prompts = with_sinks(setting("layers", "layers by heads")), [tokens(1, n) for n in (9, 1, LENGTH + 4, 14)]
+    requests = batched(model, prompts)
+    assert [request.error for request in requests] == [None] * 4
+    assert [request.generated_tokens for request in requests] == [alone(model, prompt) for prompt in prompts]
