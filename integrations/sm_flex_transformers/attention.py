@@ -70,7 +70,7 @@ def stablemask_attention(
     if not rows.ordered:
         key, value, visible = windows.behind_all(key, value, visible, query.shape[2])
     allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, key.shape[2])
-    if placed and softcap is None and rows.positions is position_ids:
+    if placed and asked is not None and softcap is None and rows.positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
     else:
         mask = layer_masks.make(asked or PLAIN, rows.positions, query, key.shape[2], _soft_capping(softcap))

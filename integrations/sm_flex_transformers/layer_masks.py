@@ -76,9 +76,7 @@ def _without_gamma(asked: settings.Settings, query: Tensor, num_keys: int, rows:
     """The core wants to know where rows are that have more keys than queries. To a gamma of inf any place will do."""
     same = query.shape[2] == num_keys
     nowhere = None if same else torch.zeros(rows, dtype=torch.long, device=query.device)
-    return stablemask(
-        math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=asked.sink, sink_value=asked.sink_value
-    )
+    return stablemask(math.inf, length=1, positions=nowhere, score_mod=score_mod, sink=asked.sink, sink_value=asked.sink_value)
 
 
 def cached(asked: settings.Settings, position_ids: Tensor | None, query: Tensor) -> StableMask:

@@ -19,9 +19,9 @@ class GammaSchedule(TrainerCallback):
     """Trainer callback: the mass grows evenly from nothing to that of the target over the first ``steps`` steps, then stays.
 
     What grows linearly is the mean share of a causal row that the pseudo scores take where all real scores are 0
-    (:func:`sm_flex.mass.share.mean_pseudo_share`), for each head; gamma is the one that has it. (Linear in log gamma, from a gamma
+    (:func:`sm_flex.mass.share.mean_pseudo_share`), for each head; gamma is the one that has it. (Linear in log gamma, from one
     that is all but causal, most steps change nothing, and then the mass arrives at once.) The current value stands in
-    model.config.stablemask["gamma"], so that a checkpoint resumes where it was, and the last value is saved as the list that it is.
+    model.config.stablemask["gamma"], so that a checkpoint resumes where it was, and the last value is saved as it is.
 
     Args:
         steps: of the optimizer, at least 1.
@@ -40,7 +40,7 @@ class GammaSchedule(TrainerCallback):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         numbers = [] if target == "headwise" else target if isinstance(target, list) else [target]
-        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers) or not 0 < start:
+        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers) or not start > 0:
             raise ValueError(
                 f'start and target must be positive numbers (target may be "headwise", start inf), got {start} and {target!r}'
             )

@@ -114,9 +114,7 @@ def _sink(
     """config: of the whole model."""
     if given.get("sink") is None:
         if given.get("sink_value") is not None:
-            raise ValueError(
-                f'{sinks.SINK_VALUE} is what the mass of a sink carries, and there is no "sink": give its level too'
-            )
+            raise ValueError(f'{sinks.SINK_VALUE} is what the mass of a sink carries, and there is no "sink": give its level too')
         return None, None
     layers = getattr(config, "num_hidden_layers", None) or 1
     sink, value = sinks.level(given["sink"], layer, layers, heads, device, keep), None

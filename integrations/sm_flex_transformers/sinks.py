@@ -50,8 +50,10 @@ def values(given: Any, layer: int | None, num_layers: int, device: torch.device,
         TypeError, ValueError: naming the key, the rule, what came and the way out.
     """
     if not isinstance(given, (list, tuple)) or not given:
-        raise TypeError(f"{SINK_VALUE} must be a list with Dv numbers for each query or key head, or one such list for each layer, "
-                        f"got {_short(given)}")  # fmt: skip
+        raise TypeError(
+            f"{SINK_VALUE} must be a list with Dv numbers for each query or key head, or one such list for each layer, "
+            f"got {_short(given)}"
+        )
     own, where = given, SINK_VALUE
     first = given[0]
     if first is None or (isinstance(first, (list, tuple)) and first and isinstance(first[0], (list, tuple))):

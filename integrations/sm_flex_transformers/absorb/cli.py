@@ -3,7 +3,6 @@
 PATH is loaded by from_pretrained(PATH, attn_implementation="stablemask"). Nothing is trained.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -97,7 +97,9 @@ def _attention_layers(model: Any) -> dict[int, nn.Module]:
     model.eval()
     try:
         with calls.around_attention(note):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), use_cache=False)
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), use_cache=False
+            )
     finally:
         model.train(training)
     return found

@@ -3,6 +3,7 @@
 Dimension letters: L layers, H query heads of a layer, Hkv key heads, Dv value head dim.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,6 @@ def measure(model: Any, texts: list[Tensor], rows: tuple[int, int]) -> Sinks:
 
 
 def _last_row_only(model: Any) -> dict[str, int]:
-    import inspect
-
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
@@ -62,7 +61,9 @@ class _Taken:
     def __call__(self, attention: calls.Attention, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
-            raise NotImplementedError(f"{layer_of(module)} does not know its number (layer_idx): its sink has no place in the config")
+            raise NotImplementedError(
+                f"{layer_of(module)} does not know its number (layer_idx): its sink has no place in the config"
+            )
         call = calls.read(module, *args, **kwargs)
         if not _slides(module, layer, kwargs):
             part = sink_rows(call.query, call.key, call.mask, rows=self.rows, scale=call.scale, visible=call.visible)
@@ -76,18 +77,22 @@ class _Taken:
                 f"{type(model).__name__} has no layer of Transformers' attention interface that sees all keys: there is no sink "
                 "to absorb"
             )
-        level, value, share = [], [], []
+        level: list[Tensor | None] = []
+        value: list[Tensor | None] = []
+        share: list[Tensor | None] = []
         for layer in layers:
             taken = self.by_layer.get(layer)
             if taken is None:
-                _ = [x.append(None) for x in (level, value, share)]
+                for part in (level, value, share):
+                    part.append(None)
                 continue
             rows = SinkRows(*(torch.cat(x).cpu() for x in zip(*(part for part, _ in taken), strict=True)))
-            level.append(level_of(rows))
+            found = level_of(rows)
+            level.append(found)
             value.append(torch.cat([first for _, first in taken]).mean(0))
             share.append(rows.share.mean((0, 2)))
-            if not bool((level[-1] < torch.inf).all()):
-                head = int(level[-1].isposinf().nonzero()[0])
+            if not bool((found < torch.inf).all()):
+                head = int(found.isposinf().nonzero()[0])
                 raise ValueError(f"head {head} of layer {layer} gives its first token everything, which no mass can stand in for")
         return Sinks(level, value, share)
 

@@ -38,7 +38,9 @@ def test_the_levels_and_values_are_those_of_the_whole_matrix(attention: str) -> 
     for layer in range(2):
         calls = CALLS[layer::2]
         level, value, share = found.level[layer], found.value[layer], found.share[layer]
-        assert level is not None and value is not None and share is not None
+        assert level is not None
+        assert value is not None
+        assert share is not None
         agree(value, torch.stack([v[0, :, 0] for _, _, v, _ in calls]).mean(0), 1e-6 if attention == "eager" else 1e-9)
         rows = []
         for q, k, _, scale in calls:
@@ -98,7 +100,7 @@ def test_layers_with_a_window_have_none() -> None:
     assert [x is None for x in model.config.stablemask["sink_value"]] == [True, False]
     with torch.no_grad():
         assert model(tokens(1, 30)).logits.isfinite().all()
-    with pytest.raises(ValueError, match="MistralForCausalLM has no layer .* that sees all keys: there is no sink to absorb"):
+    with pytest.raises(ValueError, match=r"MistralForCausalLM has no layer .* that sees all keys: there is no sink to absorb"):
         absorb_sinks(causal("mistral"), tokens(2, 30), rows=ROWS)
 
 

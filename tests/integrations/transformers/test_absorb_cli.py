@@ -87,9 +87,7 @@ def test_a_model_that_cannot_be_absorbed(
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_text_that_cannot_be_used(
-    tmp_path: Path, content: bytes | None, why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_that_cannot_be_used(tmp_path: Path, content: bytes | None, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved(tmp_path / "model", causal(**COMMON).float())
     if content is not None:
         (tmp_path / "text").write_bytes(content)

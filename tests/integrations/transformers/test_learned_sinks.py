@@ -123,7 +123,7 @@ def test_peft_trains_them_beside_its_adapters(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='config.stablemask has no "sink" that could be learned'):
+    with pytest.raises(ValueError, match=r'config.stablemask has no "sink" that could be learned'):
         learn_sinks(causal())
     with pytest.raises(ValueError, match="the model's sinks are parameters already"):
         learn_sinks(learned())

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from sm_flex_transformers import settings, sinks
 from tests.helpers.sink_models import HEADS, LAYERS, SINKS, gradients, setting, with_sinks
-from tests.helpers.transformers_models import LENGTH, agree, cache_name, ragged, tokens
+from tests.helpers.transformers_models import COMMON, LENGTH, agree, cache_name, model_of, ragged, tokens
+from tests.integrations.transformers.test_continuous_batching import alone, batched, served
 
 NAMES = pytest.mark.parametrize("attention", ["stablemask", "sm_flex"])
 FORMS = [("number", "none"), ("heads", "key heads"), ("layers", "layers by heads")]
@@ -73,7 +74,9 @@ def test_generate_is_equation_11_token_by_token(sink: str, value: str, cache: st
     options: dict[str, Any] = {"use_cache": False} if cache is None else {"cache_implementation": cache}
     options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     found = [
-        with_sinks(setting(sink, value), attention).generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+        with_sinks(setting(sink, value), attention).generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], **options
+        )
         for attention in ("stablemask", "sink_oracle")
     ]
     assert torch.equal(*found)
@@ -112,11 +115,7 @@ def test_saved_with_the_config_to_the_bit(tmp_path: Path, attention: str, sink: 
 
 @pytest.mark.parametrize(("sink", "value"), FORMS)
 def test_beside_a_models_own_sinks_is_the_mass_of_both(sink: str, value: str) -> None:
-    small = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["sliding_attention", "full_attention"]}
-    from tests.integrations.transformers.test_continuous_batching import SINKS as OWN
-
     given, ids = setting(sink, value), tokens(2, LENGTH)
-    assert OWN.layer_types == small["layer_types"]
     found = []
     for attention in ("sm_flex", "sink_oracle"):
         model = own_sinks(given, attention)
@@ -125,10 +124,6 @@ def test_beside_a_models_own_sinks_is_the_mass_of_both(sink: str, value: str) ->
 
 
 def own_sinks(given: dict[str, Any], attention: str) -> Any:
-    from transformers import GptOssConfig
-
-    from tests.helpers.transformers_models import COMMON, model_of
-
     config = GptOssConfig(
         **{**COMMON, "stablemask": given}, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
         sliding_window=7, layer_types=["sliding_attention", "full_attention"],
@@ -225,7 +220,7 @@ def test_a_wrong_value(value: Any, error: Any, why: str) -> None:
 
 
 def test_a_value_without_a_sink() -> None:
-    with pytest.raises(ValueError, match='"sink_value".* is what the mass of a sink carries, and there is no "sink"'):
+    with pytest.raises(ValueError, match=r'"sink_value".* is what the mass of a sink carries, and there is no "sink"'):
         with_sinks({"length": LENGTH, "sink_value": [[0.0] * 8] * 2})(tokens(1, 5))
     with pytest.raises(ValueError, match=r'"sink_value"\] of layer 0 has numbers where .* has None: give both, or None twice'):
         with_sinks({"length": LENGTH, "sink": [None, SINKS["heads"]], "sink_value": [[[0.0] * 8] * 2] * 2})(tokens(1, 5))
@@ -234,17 +229,17 @@ def test_a_value_without_a_sink() -> None:
 @pytest.mark.parametrize("more", [{}, {"gamma": "headwise"}], ids=str)
 def test_in_bfloat16_it_is_as_near_to_float64_as_without(more: dict[str, Any]) -> None:
     ids = tokens(2, LENGTH)
+    plain = {"length": LENGTH, "gamma": torch.inf}
     with torch.no_grad():
         error = {}
-        for name, given in (("with", setting("layers", "layers by heads", **more)), ("without", {"length": LENGTH, "gamma": torch.inf})):
+        for name, given in (("with", setting("layers", "layers by heads", **more)), ("without", plain)):
             exact = with_sinks(given)(ids).logits
             error[name] = (with_sinks(given).bfloat16()(ids).logits.double() - exact).abs().mean()
     assert error["with"] <= 2 * error["without"]
 
 
+@served
 def test_continuous_batching_gives_what_generate_gives() -> None:
-    from tests.integrations.transformers.test_continuous_batching import alone, batched
-
     model, prompts = with_sinks(setting("layers", "layers by heads")), [tokens(1, n) for n in (9, 1, LENGTH + 4, 14)]
     requests = batched(model, prompts)
     assert [request.error for request in requests] == [None] * 4
