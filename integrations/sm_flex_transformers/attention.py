@@ -9,8 +9,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sm_flex import scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import batching, forwards, keywords, layer_masks, layer_rows, packed_rows, windows
+from sm_flex_transformers import batching, forwards, keywords, layer_masks, layer_rows, packed_rows, settings, windows
 from sm_flex_transformers.interface import name_of
+
+PLAIN = settings.Settings(None, 1)  # no gamma and no sink
 
 
 def stablemask_attention(
@@ -50,27 +52,28 @@ def stablemask_attention(
     """
     forwards.note_call()
     _check(module, is_causal, kwargs)
-    asked, sink = layer_masks.asked(module, query), keywords.sink(module, kwargs, query)
-    if asked is not None and position_ids is not None and position_ids.dim() != 2:
+    asked = layer_masks.asked(module, query, key, value, kwargs)
+    placed = asked is not None and asked.gamma is not None
+    if placed and position_ids is not None and position_ids.dim() != 2:
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
     if batching.is_batched(kwargs):
         given = {**kwargs, "softcap": softcap}
-        make = functools.partial(layer_masks.packed, asked, position_ids, query, key.shape[2], sink)
+        make = functools.partial(layer_masks.packed, asked or PLAIN, position_ids, query, key.shape[2])
         return batching.attend(module, query, key, value, make, attention_mask, scaling, given), None
-    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, asked is not None, softcap, kwargs)
+    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, placed, softcap, kwargs)
     if softcap is None and dropout == 0.0 and packed_rows.serves(rows, query):
-        mask = layer_masks.packed(asked, rows.positions, query, rows.key.shape[2], sink)
+        mask = layer_masks.packed(asked or PLAIN, rows.positions, query, rows.key.shape[2])
         return packed_rows.attend(query, rows, mask, scaling), None
     key, value, visible, bias = rows.key, rows.value, layer_rows.visible(module, rows, query), rows.bias
-    if asked is None and sink is None and softcap is None and bias is None:
+    if asked is None and softcap is None and bias is None:
         return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
     if not rows.ordered:
         key, value, visible = windows.behind_all(key, value, visible, query.shape[2])
     allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, key.shape[2])
-    if asked is not None and sink is None and softcap is None and rows.positions is position_ids:
+    if placed and asked is not None and softcap is None and rows.positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
     else:
-        mask = layer_masks.make(asked, rows.positions, query, key.shape[2], _soft_capping(softcap), sink)
+        mask = layer_masks.make(asked or PLAIN, rows.positions, query, key.shape[2], _soft_capping(softcap))
     out = scaled_dot_product_attention(
         query, key, value,
         attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and query.shape[2] > 1, scale=scaling, enable_gqa=True,

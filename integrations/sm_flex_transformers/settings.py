@@ -1,6 +1,7 @@
-"""config.stablemask of a model's config: {"gamma": "headwise" | number | one number per head, "length": N}."""
+"""config.stablemask of a model's config: {"gamma": "headwise" | number | one number per head, "length": N, "sink": ...}."""
 
 import copy
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -9,18 +10,25 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sm_flex import gamma_from, length_from
+from sm_flex_transformers import sinks
 from sm_flex_transformers.interface import name_of
 
-KEYS = ("gamma", "length")
+KEYS = ("gamma", "length", "sink", "sink_value")
 
 
 class Settings(NamedTuple):
-    """gamma, float64, 0-d or (H,), and N, the training length."""
+    """gamma, float64, 0-d or (H,), and N, the training length; a sink's level, 0-d or (H,), and value, (H, Dv) or (Hkv, Dv).
 
-    gamma: Tensor
+    gamma None: there is none beside the sink, and no position counts.
+    """
+
+    gamma: Tensor | None
     length: int
+    sink: Tensor | None = None
+    sink_value: Tensor | None = None
 
 
+_KNOWN = "gamma, length, sink and sink_value"
 # Composite models' configs: the setting of the whole that their text was last given.
 _HANDED_DOWN = WeakIdKeyDictionary()
 
@@ -59,7 +67,7 @@ def hand_down_first(config: Any) -> None:
 def read(config: Any, layer: int | None, device: torch.device, keep: bool = True) -> Settings | None:
     """What config.stablemask asks for; head-wise and config.max_position_embeddings where it says nothing.
 
-    None, no StableMask, where there is no config.stablemask and the model runs sm_flex.
+    None, no StableMask, where there is no config.stablemask and the model runs sm_flex, or a layer has no sink and no gamma.
 
     Where Transformers' per_layer_config gives a layer a stablemask of its own, that is what counts there. keep lets calls
     share one gamma on the device: not of a trace, which holds it as a constant, nor with fake tensors.
@@ -77,20 +85,44 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
             return None
         given = {}
     if not isinstance(given, dict):
-        raise TypeError(f"config.stablemask must be a dict with the keys gamma and length, got {given!r}")
+        raise TypeError(f"config.stablemask must be a dict with the keys {_KNOWN}, got {given!r}")
     unknown = sorted(set(given) - set(KEYS))
     if unknown:
-        raise ValueError(f"config.stablemask knows gamma and length, got {', '.join(map(repr, unknown))}")
-    gamma = given.get("gamma", "headwise")
+        raise ValueError(f"config.stablemask knows {_KNOWN}, got {', '.join(map(repr, unknown))}")
+    heads = num_heads(config, layer)
+    sink, sink_value = _sink(given, whole, layer, heads, device, keep)
+    has_sink = given.get("sink") is not None
+    gamma = given.get("gamma", math.inf if has_sink else "headwise")
+    if has_sink and type(gamma) is float and gamma == math.inf:
+        if sink is None:
+            return None
+        length = given.get("length")  # of which nothing depends here
+        return Settings(None, 1 if length is None else _length(length, config), sink, sink_value)
     if isinstance(gamma, list):
         gamma = tuple(gamma)
     # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.
     plain = all(type(x) in (int, float, str) for x in (gamma if isinstance(gamma, tuple) else (gamma,)))
-    make = _cached_gamma if keep and plain else _gamma
-    heads, where = num_heads(config, layer), ""
+    make, where = _cached_gamma if keep and plain else _gamma, ""
     if isinstance(gamma, tuple) and len(gamma) != heads and layer is not None and len(heads_of_layers(whole)) > 1:
         where = f" of layer {layer}"
-    return Settings(make(gamma, heads, device, where), _length(given.get("length"), config))
+    return Settings(make(gamma, heads, device, where), _length(given.get("length"), config), sink, sink_value)
+
+
+def _sink(
+    given: dict[str, Any], config: Any, layer: int | None, heads: int, device: torch.device, keep: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """config: of the whole model."""
+    if given.get("sink") is None:
+        if given.get("sink_value") is not None:
+            raise ValueError(f'{sinks.SINK_VALUE} is what the mass of a sink carries, and there is no "sink": give its level too')
+        return None, None
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    sink, value = sinks.level(given["sink"], layer, layers, heads, device, keep), None
+    if given.get("sink_value") is not None:
+        value = sinks.values(given["sink_value"], layer, layers, device, keep)
+    if sink is None and value is not None:
+        raise ValueError(f"{sinks.SINK_VALUE} of layer {layer} has numbers where {sinks.SINK} has None: give both, or None twice")
+    return sink, value
 
 
 def heads_of_layers(config: Any) -> list[int]:
@@ -108,6 +140,11 @@ def num_heads(config: Any, layer: int | None) -> int:
         if (heads := getattr(config, "swa_num_attention_heads", None)) is not None:  # Inkling
             return heads if "sliding" in config.layer_types[layer] else config.num_attention_heads
     return config.num_attention_heads
+
+
+def length(config: Any) -> int:
+    """N of a model's config."""
+    return _length((of(config) or {}).get("length"), config)
 
 
 def _length(length: Any, config: Any) -> int:

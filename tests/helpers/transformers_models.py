@@ -62,6 +62,7 @@ def eq_11(
     position_ids: Tensor | None = None,
     position_bias: Tensor | None = None,
     sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> Tensor:
     """Equation 11 of a layer's call (B, S, H, D); packed documents are apart wherever position_ids do not go up by 1.
 
@@ -98,6 +99,7 @@ def eq_11(
         bias=bias,
         scale=scaling,
         sink=sink,
+        sink_value=sink_value,
     )
     return out.transpose(1, 2).contiguous()
 

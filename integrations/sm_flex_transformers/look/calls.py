@@ -16,7 +16,7 @@ from sm_flex import StableMask
 from sm_flex.diagnostics import windowed_attention
 from sm_flex.score_mod import ScoreMod
 from sm_flex_transformers import forwards, keywords, layer_masks, layer_rows
-from sm_flex_transformers.attention import _soft_capping
+from sm_flex_transformers.attention import PLAIN, _soft_capping
 from sm_flex_transformers.interface import NAMES, layer_of
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -87,16 +87,20 @@ def read(
             "sequence"
         )
     keywords.check(module, kwargs)
-    asked = layer_masks.asked(module, query) if module.config._attn_implementation in NAMES else None
-    sink = keywords.sink(module, kwargs, query)
-    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, asked is not None, softcap, kwargs)
+    if module.config._attn_implementation in NAMES:
+        asked = layer_masks.asked(module, query, key, value, kwargs)
+    else:
+        own = keywords.sink(module, kwargs, query)
+        asked = None if own is None else PLAIN._replace(sink=own)
+    placed = asked is not None and asked.gamma is not None
+    rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, placed, softcap, kwargs)
     if not rows.ordered:
         raise NotImplementedError(f"{layer_of(module)} has keys behind the others: look takes keys that follow the sequence")
     visible = layer_rows.visible(module, rows._replace(window=None), query)
     mask = None
-    if not (asked is None and sink is None and softcap is None and rows.bias is None):
+    if not (asked is None and softcap is None and rows.bias is None):
         on_scores = _soft_capping(softcap) if rows.bias is None else _adding(rows.bias, query)
-        mask = layer_masks.make(asked, rows.positions, query, key.shape[2], on_scores, sink)
+        mask = layer_masks.make(asked or PLAIN, rows.positions, query, key.shape[2], on_scores)
     return LayerCall(query, rows.key, rows.value, mask, scaling, visible, rows.window)
 
 

@@ -102,7 +102,7 @@ def _with_a_bar(model: Any, tokenizer: Any, text: str | None, rows: texts.Rows, 
         return look(model, tokenizer, text, length=length, rows=args.rows, window=args.window, keep=args.keep, progress=progress)
 
 
-def _config(name: str) -> Any:
+def _config(name: str, who: str = "look") -> Any:
     is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not (Path(name) / "config.json").is_file():
         raise BadInput(f"MODEL {name} is no folder with a config.json: give the folder that save_pretrained wrote")
@@ -111,7 +111,7 @@ def _config(name: str) -> Any:
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise BadInput(f"MODEL {name} cannot be loaded: {error}") from error
     if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BadInput(f"MODEL {name} is a {config.model_type} model: look takes decoder-only causal language models")
+        raise BadInput(f"MODEL {name} is a {config.model_type} model: {who} takes decoder-only causal language models")
     return config
 
 

@@ -19,15 +19,21 @@ SINKS: dict[str, Any] = {
     "layer_types": ["full_attention", "sliding_attention"],
     "sliding_window": 7,
 }
+SET = {
+    "length": LENGTH,
+    "sink": torch.linspace(-1, 3, 16).view(2, 8).tolist(),
+    "sink_value": torch.linspace(-1, 1, 2 * 4 * 8).view(2, 4, 8).tolist(),  # of key heads
+}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**HEADS, num_key_value_heads=4),
     "gpt_oss": lambda: GptOssConfig(**SINKS, head_dim=8, num_local_experts=2, num_experts_per_tok=1),  # shards no head
     "granite_swa": lambda: config_class("granite_swa")(**SINKS),  # whose sinks come sliced
+    "sinks of the config": lambda: LlamaConfig(**{**HEADS, "stablemask": SET}, num_key_value_heads=4),
     "three heads": lambda: LlamaConfig(**{**HEADS, "num_attention_heads": 3, "hidden_size": 24}),
     "one key head": lambda: LlamaConfig(**HEADS, num_key_value_heads=1),
 }
 PLANS = {"keys on every rank": dict.fromkeys(K_AND_V, "colwise_gather_output")}
-SERVED = ["llama", "gpt_oss", "granite_swa"]
+SERVED = ["llama", "gpt_oss", "granite_swa", "sinks of the config"]
 
 Ran = dict[str, tuple[Any, list[Any]]]
 
