@@ -118,7 +118,7 @@ class Step:
 class StableMaskCPUImpl(StableMaskLayer, CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.read_settings("CPU_ATTN", self.attn_type, self.alibi_slopes)
+        self.read_settings("CPU_ATTN", self.attn_type, self.alibi_slopes, serves_values=False)
 
     def forward(
         self,

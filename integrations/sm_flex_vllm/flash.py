@@ -14,7 +14,6 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quanti
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl, FlashAttentionMetadata
 
-from sm_flex import remask
 from sm_flex_vllm.layer import StableMaskLayer, log_mass_of_rows
 
 
@@ -29,7 +28,7 @@ class StableMaskFlashBackend(FlashAttentionBackend):
 class StableMaskFlashImpl(StableMaskLayer, FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.read_settings("FLASH_ATTN", self.attn_type, self.alibi_slopes)
+        self.read_settings("FLASH_ATTN", self.attn_type, self.alibi_slopes, serves_values=True)
         if self.stablemask is not None and current_platform.is_rocm():
             raise NotImplementedError("config.stablemask is set, and FLASH_ATTN does not serve it on ROCm: use FLEX_ATTENTION")
         if self.stablemask is not None and is_quantized_kv_cache(self.kv_cache_dtype):
@@ -89,5 +88,5 @@ class StableMaskFlashImpl(StableMaskLayer, FlashAttentionImpl):
         )
         # The learned sinks of a layer are mass as M is, so the kernel is not given them.
         log_mass_HR = log_mass_of_rows(table_PH, metadata.query_start_loc, metadata.seq_lens, rows, self.sinks)
-        out.copy_(remask(out.transpose(0, 1), lse_HR[:, :rows].float(), log_mass_HR)[0].transpose(0, 1))
+        out.copy_(self.remasked(out.transpose(0, 1), lse_HR[:, :rows].float(), log_mass_HR).transpose(0, 1))
         return output

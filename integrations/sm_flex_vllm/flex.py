@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend, FlexAttentionImpl, FlexAttentionMetadata
 
-from sm_flex import remask
 from sm_flex_vllm.layer import StableMaskLayer, log_mass_of_rows
 
 
@@ -25,7 +24,7 @@ class StableMaskFlexBackend(FlexAttentionBackend):
 class StableMaskFlexImpl(StableMaskLayer, FlexAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.read_settings("FLEX_ATTENTION", self.attn_type, self.alibi_slopes)
+        self.read_settings("FLEX_ATTENTION", self.attn_type, self.alibi_slopes, serves_values=True)
         if self.stablemask is not None and self.out_transform is not None:
             raise NotImplementedError("config.stablemask is set, and the model has an out_transform of its own")
         if self.stablemask is not None and kwargs.get("sinks") is not None:  # vLLM's class would drop them
@@ -50,6 +49,6 @@ class StableMaskFlexImpl(StableMaskLayer, FlexAttentionImpl):
             starts, lengths = attn_metadata.query_start_loc[: requests + 1], attn_metadata.seq_lens[:requests]
             rows = attn_metadata.num_actual_tokens
             log_mass_HR = log_mass_of_rows(table, starts, lengths, rows, None)
-            self.out_transform = lambda out, lse: remask(out, lse, log_mass_HR)[0]
+            self.out_transform = lambda out, lse: self.remasked(out, lse, log_mass_HR)
         metadata: Any = attn_metadata
         return super().forward(layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale)

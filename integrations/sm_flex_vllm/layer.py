@@ -11,6 +11,7 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from sm_flex import remask
 from sm_flex_vllm import settings, tables
 
 logger = init_logger("vllm.sm_flex")  # under the root that vLLM shows
@@ -21,14 +22,20 @@ class StableMaskLayer:
 
     stablemask: settings.Settings | None
     num_heads: int
+    head_size: int
 
-    def read_settings(self, backend: str, attn_type: str, alibi_slopes: Any) -> None:
-        """To be called when the layer is built, before vLLM reads the weights."""
-        config, self.stablemask, self._table = get_current_vllm_config(), None, None
+    def read_settings(self, backend: str, attn_type: str, alibi_slopes: Any, serves_values: bool) -> None:
+        """To be called when the layer is built, before vLLM reads the weights. serves_values: the backend has a log-sum-exp."""
+        config, self.stablemask, self._table, self._sink = get_current_vllm_config(), None, None, None
         if not settings.asks(config.model_config):
             return
         settings.check(config, attn_type, alibi_slopes)
         self.stablemask = settings.Settings(config)
+        if self.stablemask.has_value and not serves_values:
+            raise NotImplementedError(
+                f'config.stablemask["sink_value"] is set, and {backend} does not serve it: its kernel returns no log-sum-exp, '
+                "which says how much of the value a row gets. FLASH_ATTN and FLEX_ATTENTION serve it"
+            )
         logger.info_once("StableMask: %s, %s", str(self.stablemask), backend)
 
     def table(self, layer: Any, device: torch.device) -> Tensor:
@@ -44,8 +51,16 @@ class StableMaskLayer:
                     f"config.stablemask is set, and StableMask does not serve layers of the kind {type(layer).__name__}: they "
                     "hand the backend other rows than those of the sequence"
                 )
-            self._table = self.stablemask.table(extract_layer_index(layer.layer_name), self.num_heads, device)
+            index = extract_layer_index(layer.layer_name)
+            self._sink = self.stablemask.sink(index, self.num_heads, self.head_size, device)
+            self._table = self.stablemask.table(index, self.num_heads, device)
         return self._table
+
+    def remasked(self, out_HRD: Tensor, lse_HR: Tensor, log_mass_HR: Tensor) -> Tensor:
+        """StableMask's output from causal attention's, after table()."""
+        if self._sink is None:
+            return remask(out_HRD, lse_HR, log_mass_HR)[0]
+        return remask(out_HRD, lse_HR, log_mass_HR, sink=self._sink.level_H, sink_value=self._sink.value_HD)[0]
 
 
 def served(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,18 @@ DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 
 
 class Layer(NamedTuple):
-    """gamma of this rank's heads, and N."""
+    """gamma of this rank's heads, N, and the levels of the config's sink, -inf for none."""
 
     gamma: tuple[float, ...]
     length: int
+    sink: tuple[float, ...] | None = None
+
+
+class Sink(NamedTuple):
+    """A sink that carries a value, of this rank's heads: its level (H,) and value (H, Dv), float32."""
+
+    level_H: Tensor
+    value_HD: Tensor
 
 
 class Settings:
@@ -38,34 +47,66 @@ class Settings:
         self.num_layers = self._config.num_hidden_layers
         drafts = vllm_config.speculative_config
         self._size = model.max_model_len + (drafts.num_speculative_tokens or 0 if drafts else 0) + 1
-        self.total_heads = {self._asked(layer)[0] for layer in range(self.num_layers)}
-        self.lengths = {self._asked(layer)[2] for layer in range(self.num_layers)}
+        asked = [self._asked(layer) for layer in range(self.num_layers)]
+        self.total_heads = {heads for heads, _ in asked}
+        self.lengths = {layer.length for _, layer in asked}
+        self.has_sink = any(layer.sink is not None for _, layer in asked)
+        self.has_value = any(layer.sink_value is not None for _, layer in asked)
 
     def layer(self, index: int, num_heads: int) -> Layer:
-        """A layer's gammas: those of all heads, of which this rank takes its own num_heads."""
-        total, gamma, length = self._asked(index)
+        """A layer's gammas and sinks: those of all heads, of which this rank takes its own num_heads."""
+        total, asked = self._asked(index)
         if total != num_heads * self._ranks:
             raise ValueError(
                 f"layer {index} has {total} query heads by the config, and vLLM serves {num_heads} on each of {self._ranks} "
                 "tensor parallel ranks: StableMask cannot tell which heads are whose"
             )
-        first = self._rank * num_heads
-        return Layer(tuple(gamma.expand(total)[first : first + num_heads].tolist()), length)
+        here = slice(self._rank * num_heads, (self._rank + 1) * num_heads)
+        gamma, sink = (x if x is None else tuple(x.expand(total)[here].tolist()) for x in (asked.gamma, asked.sink))
+        assert gamma is not None
+        return Layer(gamma, asked.length, sink)
 
     def table(self, index: int, num_heads: int, device: torch.device) -> Tensor:
-        """log M of a layer, (P, num_heads). Layers of the same settings share it."""
-        return tables.table(*self.layer(index, num_heads), self._size, device)
+        """log M of a layer, (P, num_heads), a sink without a value included. Layers of the same settings share it."""
+        gamma, length, sink = self.layer(index, num_heads)
+        if self._asked(index)[1].sink_value is not None:
+            sink = None  # the epilogue needs its mass apart
+        return tables.table(gamma, length, sink, self._size, device)
 
-    def _asked(self, index: int) -> tuple[int, Tensor, int]:
-        """(heads of the whole model, gamma, N) of a layer."""
+    def sink(self, index: int, num_heads: int, head_dim: int, device: torch.device) -> Sink | None:
+        """A layer's sink where it carries a value, of this rank's num_heads; None elsewhere.
+
+        Raises:
+            ValueError: the value is of another shape than the layer's heads.
+        """
+        total, asked = self._asked(index)
+        if asked.sink_value is None:
+            return None
+        heads, dim = asked.sink_value.shape
+        kv_heads = getattr(self._config, "num_key_value_heads", None) or total
+        if heads not in (total, kv_heads) or dim != head_dim:
+            raise ValueError(
+                f'config.stablemask["sink_value"] of layer {index} must have {head_dim} numbers for each of its {total} query heads '
+                f"or {kv_heads} key heads, got {dim} numbers for {heads} heads"
+            )
+        here = slice(self._rank * num_heads, (self._rank + 1) * num_heads)
+        value_HD = asked.sink_value.repeat_interleave(total // heads, 0)[here]
+        level_H = asked.sink.expand(total)[here]
+        return Sink(*(x.to(device, torch.float32).contiguous() for x in (level_H, value_HD)))
+
+    def _asked(self, index: int) -> tuple[int, Any]:
+        """Heads of the whole model, and what config.stablemask asks of a layer; where that is nothing, a gamma of inf."""
         asked = self._reader.read(self._config, index, torch.device("cpu"))
-        if asked is None or asked.gamma is None or asked.sink is not None:
-            raise NotImplementedError('config.stablemask has a "sink", which StableMask does not serve in vLLM: use Transformers')
-        return self._reader.num_heads(self._config, index), asked.gamma, asked.length
+        if asked is None:
+            asked = self._reader.Settings(None, 1)
+        if asked.gamma is None:
+            asked = asked._replace(gamma=torch.tensor(math.inf, dtype=torch.float64))
+        return self._reader.num_heads(self._config, index), asked
 
     def __str__(self) -> str:
         heads, lengths = (" to ".join(map(str, sorted({min(x), max(x)}))) for x in (self.total_heads, self.lengths))
-        return f"{heads} heads, N = {lengths}"
+        sinks = ", sinks with values" if self.has_value else ", sinks" if self.has_sink else ""
+        return f"{heads} heads, N = {lengths}{sinks}"
 
 
 def asks(model_config: Any) -> bool:

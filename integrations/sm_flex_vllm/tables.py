@@ -12,16 +12,20 @@ from sm_flex import log_mass
 
 
 @functools.lru_cache(maxsize=64)
-def table(gamma: tuple[float, ...], length: int, size: int, device: torch.device) -> Tensor:
-    """log M, float32 (P, H): row p holds the mass that the query at position p has beside its real scores. Shared: read only.
+def table(gamma: tuple[float, ...], length: int, sink: tuple[float, ...] | None, size: int, device: torch.device) -> Tensor:
+    """log(M + e^sink), float32 (P, H): the mass that the query at position p has beside its real scores. Shared: read only.
 
     Args:
         gamma: one for each query head of this rank.
         length: N, the training length.
+        sink: one for each query head of this rank, -inf for none; None where none has one.
         size: P, the positions that the engine may reach.
     """
     gamma_H = torch.tensor(gamma, dtype=torch.float64)
-    return log_mass(gamma_H, torch.arange(size), length).float().t().contiguous().to(device)
+    log_mass_PH = log_mass(gamma_H, torch.arange(size), length).t()
+    if sink is not None:
+        log_mass_PH = torch.logaddexp(log_mass_PH, torch.tensor(sink, dtype=torch.float64))
+    return log_mass_PH.float().contiguous().to(device)
 
 
 def add_sinks(log_mass_RH: Tensor, sinks_H: Tensor | None) -> Tensor:

@@ -65,6 +65,11 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def numbers(*shape: int) -> Any:
+    """Plain lists of numbers around 0."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).tolist()
+
+
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]

@@ -48,6 +48,34 @@ def test_learned_sinks(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyP
     engines.check(folder, engines.gpt_oss_with_mass(folder), count=8, lengths=(1, 7, 100, 129, 200))
 
 
+SINKS = {
+    "a value per query head": {"sink": [0.5, -2.0, 3.0, 5.0, -1.0, 1.0, 0.0, 2.0], "sink_value": engines.numbers(3, 8, 32)},
+    "a value per key head, beside gammas": {
+        "gamma": "headwise",
+        "sink": engines.numbers(3, 8),
+        "sink_value": engines.numbers(3, 2, 32),
+    },
+}
+
+
+@pytest.mark.parametrize("stablemask", SINKS.values(), ids=SINKS)
+def test_sinks_with_values(tmp_path: Path, backend: str, stablemask: dict[str, Any]) -> None:
+    """As in Transformers, to the token. The same engine without the value is far off."""
+    folder = engines.save(tmp_path, stablemask={**stablemask, "length": engines.N})
+    engines.check(folder, max_num_batched_tokens=160)
+    without = {**stablemask, "length": engines.N, "sink_value": None}
+    asked, model = engines.prompts(), engines.transformers_model(folder)
+    with engines.engine(folder, hf_overrides={"stablemask": without}) as llm:
+        found = engines.agreement(model, asked, engines.greedy(llm, asked))
+    assert found.worst > 0.1
+
+
+def test_a_value_of_another_size(tmp_path: Path, backend: str) -> None:
+    folder = engines.save(tmp_path, stablemask={"sink": 1.0, "sink_value": engines.numbers(2, 16)})
+    with pytest.raises(ValueError, match="must have 32 numbers for each"), engines.engine(folder):
+        pass
+
+
 def test_flash_on_rocm(llama: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel there takes other arguments: refused at start, where vLLM's own would fail at the first request."""
     if backend == "FlexOnCPU":

@@ -65,6 +65,10 @@ MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "too few gammas": (in_its_config(gamma=[0.5, 0.25]), "one number for each of the model's 8 query heads"),
     "length 0": (in_its_config(length=0), "length.*at least 1"),
     "a key that is not known": (in_its_config(slope=1), "got 'slope'"),
+    "a value on the CPU's kernel": (
+        in_its_config(sink=1.0, sink_value=[[0.5] * 32] * 2),
+        "sink_value.*CPU_ATTN does not serve it: its kernel returns no log-sum-exp",
+    ),
     "latent attention": (latent, "MLA"),
     "an encoder": (encoder, "an encoder"),
     "several axes": (several_axes, "several axes"),

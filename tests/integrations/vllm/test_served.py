@@ -68,6 +68,12 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "default",
         {"sliding_window": engines.WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "a sink per head": ("llama", {"sink": [0.5, -2.0, 3.0, 5.0, -float("inf"), 1.0, 0.0, 2.0]}, {}),
+    "gammas and a sink by layers": (
+        "llama",
+        {"gamma": "headwise", "length": 128, "sink": [[1.0] * 8, None, [3.0, 0.0, 1.0, 2.0, -1.0, 4.0, 0.5, 2.5]]},
+        {},
+    ),
     "gamma 0": ("llama", {"gamma": 0, "length": 4096}, {}),
     "gamma inf": ("llama", {"gamma": float("inf")}, {}),
 }

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from sm_flex import headwise_gamma, log_mass, remask
 from sm_flex_vllm import cpu_batch, settings, tables
 
+CPU = torch.device("cpu")
 REQUESTS = st.lists(st.tuples(st.integers(1, 700), st.integers(0, 900)), min_size=1, max_size=9)  # (rows, tokens before them)
 
 
@@ -149,11 +150,11 @@ def test_kv_heads_hold_the_query_heads_that_are_needed(needed: list[int], expect
 
 def test_the_table_is_log_mass_by_position() -> None:
     gamma = tuple(headwise_gamma(4).double().tolist())
-    table = tables.table(gamma, 20, 33, torch.device("cpu"))
+    table = tables.table(gamma, 20, None, 33, torch.device("cpu"))
     assert table.shape == (33, 4)
     assert table.is_contiguous()
     torch.testing.assert_close(table.t(), log_mass(torch.tensor(gamma), torch.arange(33), 20))
-    assert tables.table(gamma, 20, 33, torch.device("cpu")) is table
+    assert tables.table(gamma, 20, None, 33, torch.device("cpu")) is table
     sinks = torch.tensor([0.5, -1.0, 2.0, -torch.inf], dtype=torch.bfloat16)
     both = tables.add_sinks(table, sinks)
     torch.testing.assert_close(both.exp(), table.exp() + sinks.float().exp())
@@ -161,7 +162,7 @@ def test_the_table_is_log_mass_by_position() -> None:
 
 def engine_config(**changes: Any) -> Any:
     """What settings.py reads of a VllmConfig, as vLLM has it for a Llama."""
-    text = LlamaConfig(num_attention_heads=8, num_hidden_layers=2, max_position_embeddings=64)
+    text = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=64)
     text.stablemask = changes.pop("stablemask", {"gamma": "headwise", "length": 32})
     drafts = changes.pop("method", None)
     model = {
@@ -200,6 +201,42 @@ def test_one_gamma_for_all_heads_and_a_length_left_out(monkeypatch: pytest.Monke
     table = found.table(0, 8, torch.device("cpu"))
     assert table.shape == (64 + 3 + 1, 8)
     assert found.table(1, 8, torch.device("cpu")) is table
+
+
+def by_layers(*shape: int) -> Any:
+    return torch.randn(2, *shape, dtype=torch.float64).tolist()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("heads", [8, 2])
+def test_a_rank_has_the_sinks_of_its_own_heads(rank: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels join log M. With a value, for query heads or key heads, they stay apart: the epilogue needs both."""
+    monkeypatch.setattr(settings, "_tensor_parallel", lambda: (rank, 4))
+    levels, values, own = by_layers(8), by_layers(heads, 16), slice(2 * rank, 2 * rank + 2)
+    given = {"gamma": "headwise", "length": 32, "sink": levels}
+    found = settings.Settings(engine_config(stablemask=given))
+    assert found.sink(1, 2, 16, CPU) is None
+    assert str(found) == "8 heads, N = 32, sinks"
+    gammas, own_levels = headwise_gamma(8).double()[own], torch.tensor(levels[1])[own]
+    mass = log_mass(gammas, torch.arange(65), 32).t()
+    torch.testing.assert_close(found.table(1, 2, CPU), torch.logaddexp(mass, own_levels).float())
+
+    found = settings.Settings(engine_config(stablemask={**given, "sink_value": values}))
+    assert str(found) == "8 heads, N = 32, sinks with values"
+    torch.testing.assert_close(found.table(1, 2, CPU), mass.float())
+    sink = found.sink(1, 2, 16, CPU)
+    assert sink is not None
+    torch.testing.assert_close(sink.level_H, own_levels.float())
+    torch.testing.assert_close(sink.value_HD, torch.tensor(values[1]).repeat_interleave(8 // heads, 0)[own].float())
+    with pytest.raises(ValueError, match=f"layer 1 must have 24 numbers .* got 16 numbers for {heads} heads"):
+        found.sink(1, 2, 24, CPU)
+
+
+def test_a_sink_alone_is_all_the_mass_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_tensor_parallel", lambda: (0, 1))
+    found = settings.Settings(engine_config(stablemask={"sink": [None, [float(i) for i in range(8)]]}))
+    assert found.table(0, 8, CPU).eq(-torch.inf).all()
+    assert found.table(1, 8, CPU).eq(torch.arange(8)).all()
 
 
 BAD = [
