@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--width must be a multiple of 128, got {args.width}")
         what = f"serve-{args.dtype}" + ("-compiled" if args.compile else "")
         result = report.Result(parser, args.out, what, torch.device("cpu"), vllm=version)
-    written = 2 * (args.steps + WARM_UP) + max(args.batches, default=0) + 8  # a batch's first request goes on while the others come
+    # A batch's first request goes on while the prompts of the others come.
+    written = 2 * (args.steps + WARM_UP) + max(args.batches, default=0) + 8
     longest = max([*args.prompts, *args.contexts, sum(x[1] for x in (LOAD_PROMPT, LOAD_ANSWER))]) + written
     record: dict[str, Any] = {"decode": [], "prefill": [], "load": []}
     with tempfile.TemporaryDirectory() as folder:

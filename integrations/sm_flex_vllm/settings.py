@@ -86,8 +86,8 @@ class Settings:
         kv_heads = getattr(self._config, "num_key_value_heads", None) or total
         if heads not in (total, kv_heads) or dim != head_dim:
             raise ValueError(
-                f'config.stablemask["sink_value"] of layer {index} must have {head_dim} numbers for each of its {total} query heads '
-                f"or {kv_heads} key heads, got {dim} numbers for {heads} heads"
+                f'config.stablemask["sink_value"] of layer {index} must have {head_dim} numbers for each of its '
+                f"{total} query heads or {kv_heads} key heads, got {dim} numbers for {heads} heads"
             )
         here = slice(self._rank * num_heads, (self._rank + 1) * num_heads)
         value_HD = asked.sink_value.repeat_interleave(total // heads, 0)[here]
