@@ -1,5 +1,6 @@
 """stablemask(): what the caller wants, as a score_mod. The drop-ins know how to do it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink, check_sink_value
 from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.table import Mass, cached_table
-from sm_flex.runtime import HAS_TRITON, device_type, differentiable, readable, watched
+from sm_flex.runtime import HAS_TRITON, device_type, differentiable, plain_eager, readable, watched
 
 
 class ScoreMod(Protocol):
@@ -81,20 +82,29 @@ class StableMask:
         heads: H of the call, to each of which the sink's value goes. None, where only the mass is asked for:
             without that value.
         """
-        gamma, sink = self._on(device, "gamma", self.gamma), None
+        gamma = self._on(device, "gamma", self.gamma)
         length = num_keys if self.length is None else self.length
         cu_seqlens = cu_seqlens if self.positions is None else None
-        if self.sink is not None:
-            sink = self._on(device, "sink", self.sink)
-        elif HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
-            return Mass(None, gamma, self.positions, cu_seqlens, length)
-        table = cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype)
-        if sink is None or self.sink_value is None or heads is None:
+        if self.sink is None:
+            if HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
+                return Mass(None, gamma, self.positions, cu_seqlens, length)
+            return Mass(cached_table(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype))
+        sink = self._on(device, "sink", self.sink)
+        if plain_eager() and self._has_no_gamma():  # the sink is all the mass there is
+            rows = _by_rows(sink, dtype)
+            table = rows.expand(*rows.shape[:-1], num_queries)
+        else:
+            table = cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype)
+        if self.sink_value is None or heads is None:
             return Mass(table)
-        sink_HS = (sink.reshape(-1, 1) if sink.dim() < 2 else sink).to(dtype)
         value, groups = self.sink_value.to(dtype), heads // self.sink_value.shape[0]
         value_HD = value if groups == 1 else value.repeat_interleave(groups, dim=0)
-        return Mass(table, sink_HS=sink_HS, sink_value_HD=value_HD)
+        return Mass(table, sink_HS=_by_rows(sink, dtype), sink_value_HD=value_HD)
+
+    def _has_no_gamma(self) -> bool:
+        """gamma is the number inf. Asked of a number alone: to read a tensor of the user's may wait for a device."""
+        gamma = self.gamma
+        return gamma.dim() == 0 and not gamma.requires_grad and readable(gamma) and math.isinf(gamma.item())
 
     def largest_pseudo_score(self, device: torch.device, num_queries: int, num_keys: int) -> Tensor:
         """The largest pseudo score of each row, for a mask without a sink: float32, broadcastable to (B, H, S)."""
@@ -191,6 +201,11 @@ def stablemask(
     if sink_value is not None:
         check_sink_value(sink_value, sink)
     return StableMask(gamma, length, positions, score_mod, sink, ordered, sink_value)
+
+
+def _by_rows(sink: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sink as a table of log M is, (1|H, 1|S) or (1|B, 1|H, 1|S)."""
+    return (sink.reshape(-1, 1) if sink.dim() < 2 else sink).to(dtype)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
