@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(size.width, size.vocab, bias=False)
         self.places = nn.Embedding(size.length + 1, size.width) if position == "absolute" else None
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not name.endswith("sink_values"):  # which start at 0
                 nn.init.normal_(weight, std=0.02)
             if size.init == "zero" and (name == "head.weight" or name.endswith("out.weight")):
                 nn.init.zeros_(weight)

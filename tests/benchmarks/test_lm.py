@@ -156,6 +156,17 @@ def test_variants_of_a_seed_start_from_the_same_weights_and_seeds_differ(folder:
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
 
 
+def test_what_a_sink_carries_starts_at_0_and_does_not_decay(folder: Path) -> None:
+    run = run_of(corpus_of(folder), "sink-value", folder.parent)
+    model = run.new_model()
+    values = [p for name, p in model.named_parameters() if name.endswith("sink_values")]
+    assert [p.any().item() for p in values] == [False] * SMALL.layers
+    optimizer = train.new_optimizer(model, run.size)
+    assert {id(p) for p in values} <= {id(p) for p in optimizer.param_groups[1]["params"]}
+    train.one_step(run, model, optimizer, torch.randint(300, (5, 14)), 1e-2)
+    assert all(p.any() for p in values)
+
+
 def test_rows_at_once_change_memory_and_nothing_else(folder: Path) -> None:
     corpus, rows = corpus_of(folder), torch.randint(300, (5, 14))
     models, found = [], []
