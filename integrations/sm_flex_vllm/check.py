@@ -94,8 +94,12 @@ def run(model: str, dtype: str, tokens: int, engine: dict[str, Any]) -> int:
         )
         return 2
     # In a process of its own, which gives its memory back and keeps to itself what vLLM changes in Transformers.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        texts, layers = process.submit(_ask_vllm, model, dtype, tokens, engine).result()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            texts, layers = process.submit(_ask_vllm, model, dtype, tokens, engine).result()
+    except Exception as error:  # whatever stops vLLM, a refusal of ours among it; its own log says where
+        print(f"NOT SERVED: vLLM does not start with it: {' '.join(str(error).split())}")
+        return 1
     served = [text.log_probs for text in texts]
     stablemask, causal = (_ask_transformers(model, config, dtype, name, texts) for name in ("stablemask", "sdpa"))
     near, far, apart = (_difference(*pair) for pair in ((served, stablemask), (served, causal), (stablemask, causal)))
@@ -178,9 +182,11 @@ def _ask_transformers(model: str, config: Any, dtype: str, attention: str, texts
     """The log-probability of each token after the first, one text at a time, in one pass."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     import sm_flex_transformers  # noqa: F401
 
+    logging.set_verbosity_error()  # of the causal one: that it runs without StableMask
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, config=copy.deepcopy(config), attn_implementation=attention, dtype=getattr(torch, dtype)

@@ -109,8 +109,11 @@ def _config(name: str, who: str = "look") -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise BadInput(f"MODEL {name} cannot be loaded: {error}") from error
-    if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        why = "cannot be loaded" if is_path else "is no folder here, and cannot be had from the Hugging Face hub"
+        raise BadInput(f"MODEL {name} {why}: {error}") from error
+    # BERT and its kind are causal where their config says so.
+    encoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True) is False
+    if encoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadInput(f"MODEL {name} is a {config.model_type} model: {who} takes decoder-only causal language models")
     return config
 
@@ -119,7 +122,9 @@ def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # Transformers raises what the tokenizer's own code meets
-        raise BadInput(f"MODEL {name} has no tokenizer that can be loaded: {type(error).__name__}: {error}") from error
+        raise BadInput(
+            f"MODEL {name} has no tokenizer that can be loaded ({type(error).__name__}): save the tokenizer into the folder too"
+        ) from error
 
 
 def _model(name: str, dtype: str, device: torch.device) -> Any:

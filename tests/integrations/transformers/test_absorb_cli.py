@@ -52,7 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     ("what", "why"),
     [
         ("nowhere", "is no folder with a config.json"),
-        ("encoder", "is causal and this model asks for a bidirectional mask, as encoders"),
+        ("encoder", "is a bert model: absorb takes decoder-only causal language models"),
         ("no tokenizer", "has no tokenizer that can be loaded"),
         ("absorbed", 'the model was absorbed already: its config.stablemask has a "sink"'),
         ("sinks", "GptOssForCausalLM has learned attention sinks of its own"),

@@ -163,7 +163,9 @@ def test_nothing_is_written_over(model: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_model_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved(tmp_path / "bare", model_of(plain(CONFIGS["llama"]()), "sdpa"), with_tokenizer=False)
-    assert "bare has no tokenizer that can be loaded" in refusal(capsys, str(folder), "--out", str(tmp_path / "out"))
+    assert "bare has no tokenizer that can be loaded (ValueError): save the tokenizer into the folder too" in refusal(
+        capsys, str(folder), "--out", str(tmp_path / "out")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -175,7 +177,7 @@ def test_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a t5 model: look takes decoder-only causal language models" in line
     bert = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=40))
     line = refusal(capsys, str(saved(tmp_path / "bert", bert)), *arguments)
-    assert re.search("bidirectional|not causal|encoder", line)
+    assert "is a bert model: look takes decoder-only causal language models" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,9 @@
 """python -m sm_flex_vllm check: what of it needs no vLLM."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from transformers import LlamaConfig
@@ -31,6 +33,25 @@ def test_the_check_says_why_vllm_would_not_load_the_plugin(
     with pytest.raises(SystemExit, match="1"):
         check.main(["check", "model"])
     assert "no installed distribution has the entry point" in capsys.readouterr().out
+
+
+def test_a_refusal_at_start_is_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig(num_attention_heads=8)
+    config.stablemask = {"sink": 1.0}
+    config.save_pretrained(tmp_path)
+
+    def refused(*_: Any) -> NoReturn:
+        raise NotImplementedError("config.stablemask is set,\nand CPU_ATTN does not serve it")
+
+    monkeypatch.setattr(check, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(check, "_ask_vllm", refused)
+    monkeypatch.setattr(check, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    with pytest.raises(SystemExit, match="1"):
+        check.main(["check", str(tmp_path)])
+    expected = "NOT SERVED: vLLM does not start with it: config.stablemask is set, and CPU_ATTN does not serve it\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(
