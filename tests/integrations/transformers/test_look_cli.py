@@ -165,8 +165,6 @@ def test_a_model_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFix
     folder = saved(tmp_path / "bare", model_of(plain(CONFIGS["llama"]()), "sdpa"), with_tokenizer=False)
     line = refusal(capsys, str(folder), "--out", str(tmp_path / "out"))
     assert "bare has no tokenizer that can be loaded (ValueError): save the tokenizer into the folder too" in line
-        capsys, str(folder), "--out", str(tmp_path / "out")
-    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
