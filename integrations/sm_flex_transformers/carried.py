@@ -39,7 +39,8 @@ def of_own_heads(module: Any, given: Tensor, query: Tensor, key: Tensor, value: 
         return sharding.of_own_heads(module, _expanded(given, heads, dtype), query.shape[1], keep)
     known: Any = _EXPANDED.setdefault(given, {})
     if (heads, dtype) not in known:
-        known[heads, dtype] = _expanded(given, heads, dtype).clone()
+        with torch.inference_mode(False):
+            known[heads, dtype] = _expanded(given, heads, dtype).clone()
     return sharding.of_own_heads(module, known[heads, dtype], query.shape[1], keep)
 
 

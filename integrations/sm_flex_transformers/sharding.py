@@ -33,7 +33,8 @@ def of_own_heads(module: nn.Module, gamma: Tensor, num_heads: int, keep: bool) -
         return own
     known: Any = _NARROWED.setdefault(gamma, {})
     if (rank, size) not in known:
-        known[rank, size] = own.clone()  # a view would keep gamma, and itself, for ever
+        with torch.inference_mode(False):
+            known[rank, size] = own.clone()  # a view would keep gamma, and itself, for ever
     return known[rank, size]
 
 

@@ -7,6 +7,7 @@ H query heads, Hkv key heads, L layers, Dv value head dim.
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -82,8 +83,14 @@ def _tensor(own: Any, device: torch.device, keep: bool, make: Any) -> Tensor:
     if known is None or known[0] != own:
         if len(_KEPT) >= MAX_KEPT:
             _KEPT.clear()
-        known = _KEPT[id(own), device] = (copy.deepcopy(own), _to(make(), device))
+        known = _KEPT[id(own), device] = (copy.deepcopy(own), _kept(make, device))
     return known[1]
+
+
+def _kept(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """make() on the device, for any later call: what inference_mode makes cannot be saved for a backward."""
+    with torch.inference_mode(False):
+        return _to(make(), device)
 
 
 def _levels(own: Any, num_heads: int, where: str) -> Tensor:
@@ -95,7 +102,7 @@ def _levels(own: Any, num_heads: int, where: str) -> Tensor:
 
 def _number(own: Any, device: torch.device) -> Tensor:
     _check_numbers([own], SINK, "be a number, have one number per query head, or one such list for each layer", own)
-    return _to(_checked([own], SINK)[0], device)
+    return _kept(lambda: _checked([own], SINK)[0], device)
 
 
 _kept_number = lru_cache(maxsize=64)(_number)

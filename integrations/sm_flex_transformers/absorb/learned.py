@@ -13,6 +13,8 @@ from sm_flex_transformers import settings, sharding
 from sm_flex_transformers.carried import LEVEL, VALUE
 from sm_flex_transformers.look import calls
 
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
 
 def learn_sinks(model: PreTrainedModel) -> list[nn.Parameter]:
     """Makes the sinks of config.stablemask parameters of the model's attention layers, in the dtype of its weights.
@@ -20,13 +22,13 @@ def learn_sinks(model: PreTrainedModel) -> list[nn.Parameter]:
     ``layer.self_attn.stablemask_sink`` is (H,), ``stablemask_sink_value`` as it stands in the config, (H, Dv) or (Hkv, Dv). The
     layers take their sinks from there. ``save_pretrained`` writes them back into the config, and leaves them out of the weights;
     ``from_pretrained`` then has them in the config, and learn_sinks() makes them parameters again. Call it before an optimizer,
-    PEFT or FSDP is given the model.
+    PEFT, DDP or FSDP is given the model: those would not see them.
 
     Returns:
         The parameters, for an optimizer that is to treat them apart.
 
     Raises:
-        ValueError: config.stablemask has no "sink", or the model has them as parameters already.
+        ValueError: config.stablemask has no "sink", or the model has them as parameters already, or FSDP has sharded it.
         NotImplementedError: the model's weights are sharded by tensor parallelism.
     """
     config: Any = model.config.get_text_config()
@@ -35,12 +37,13 @@ def learn_sinks(model: PreTrainedModel) -> list[nn.Parameter]:
         raise ValueError('config.stablemask has no "sink" that could be learned: give it one, or call absorb_sinks(model, texts)')
     if parameters(model):
         raise ValueError("the model's sinks are parameters already")
+    _check_not_fsdp(model)
     made = []
     for layer, module in _attention_layers(model).items():
         if sharding.place(module)[1] > 1:
             raise NotImplementedError(
-                "learned sinks need the whole of a layer's heads on each process, and tensor parallelism shards them: use FSDP, "
-                "or leave the sinks fixed"
+                "learned sinks need the whole of a layer's heads on each process, and tensor parallelism shards them: use FSDP "
+                "(fully_shard, after learn_sinks), or leave the sinks fixed"
             )
         asked = settings.read(config, layer, torch.device("cpu"))
         if asked is None or asked.sink is None:
@@ -52,6 +55,16 @@ def learn_sinks(model: PreTrainedModel) -> list[nn.Parameter]:
                 module.register_parameter(name, nn.Parameter(x.to(like.device, like.dtype, copy=True)))
                 made.append(getattr(module, name))
     return made
+
+
+def _check_not_fsdp(model: nn.Module) -> None:
+    """A parameter that comes after FSDP gets the gradient of its own process alone, and the processes drift apart."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        raise ValueError("FSDP has sharded this model, and would not see new parameters: call learn_sinks before it")
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -67,16 +80,25 @@ def before_save(model: Any, state_dict: dict[str, Any] | None) -> None:
     config: Any = model.config.get_text_config()
     given, layers = settings.of(config) or {}, config.num_hidden_layers
     made: dict[str, list[Any]] = {LEVEL: [None] * layers, VALUE: [None] * layers}
+    saved = state_dict or {}
     for name, x in found.items():
         owner, _, kind = name.rpartition(".")
-        made[kind][model.get_submodule(owner).layer_idx] = _whole((state_dict or {}).get(name, x)).tolist()
+        x = saved.get(name, saved.get(_unwrapped(name), x))
+        made[kind][model.get_submodule(owner).layer_idx] = _whole(x).tolist()
     changed = {**given, "sink": made[LEVEL]}
     if any(x is not None for x in made[VALUE]):
         changed["sink_value"] = made[VALUE]
     config.stablemask = changed
     if settings.of(model.config) is not None:
         model.config.stablemask = changed
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *found}
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *found, *map(_unwrapped, found)}
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name in a state dict, which leaves out the wrappers of FSDP and of activation checkpoints."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _whole(x: Any) -> Tensor:

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sm_flex_transformers import absorb_sinks, learn_sinks, sharding
+from tests.helpers import sharded_sinks
 from tests.helpers.absorbing import ROWS, causal
 from tests.helpers.census.probes import Float64
-from tests.helpers.sink_models import gradients, setting, with_sinks
+from tests.helpers.sink_models import HEADS, LAYERS, gradients, setting, with_sinks
 from tests.helpers.transformers_models import LENGTH, agree, tokens
 
 
@@ -130,3 +133,33 @@ def test_what_cannot_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "place", lambda module: (0, 2))
     with pytest.raises(NotImplementedError, match="learned sinks need the whole of a layer's heads on each process"):
         learned()
+
+
+def test_fsdp_trains_and_saves_them_as_one_process_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(sharded_sinks.rank_main, (str(tmp_path),), nprocs=2)
+    model, ids = sharded_sinks.model_with_sinks(), tokens(2, 9)
+    learn_sinks(model)
+    sharded_sinks.train(model.train(), ids)
+    agree(torch.load(tmp_path / "trained.pt"), dict(model.state_dict()))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="stablemask", dtype=torch.float64)
+    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "stablemask" in name]
+    agree(gradients(again, ids)["model.norm.weight"], gradients(model, ids)["model.norm.weight"])
+
+
+def test_after_fsdp_they_would_be_of_each_process_alone_and_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="FSDP has sharded this model"):
+            learn_sinks(sharded_sinks.sharded(sharded_sinks.model_with_sinks(), 1))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_checkpointed_layers_the_given_state_dict_is_saved_by_the_names_it_has(tmp_path: Path) -> None:
+    model = learned()
+    weights = {name: torch.full_like(x, 0.75) if "stablemask" in name else x for name, x in model.state_dict().items()}
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = checkpoint_wrapper(layer)
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert model.config.stablemask["sink"] == [[0.75] * HEADS] * LAYERS
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "stablemask" in name]

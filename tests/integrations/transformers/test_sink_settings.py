@@ -244,3 +244,15 @@ def test_continuous_batching_gives_what_generate_gives() -> None:
     requests = batched(model, prompts)
     assert [request.error for request in requests] == [None] * 4
     assert [request.generated_tokens for request in requests] == [alone(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("sink", "value"), FORMS)
+@pytest.mark.parametrize("more", [{}, {"gamma": 0.25}], ids=str)
+def test_a_model_trains_after_it_ran_in_inference_mode(sink: str, value: str, more: dict[str, Any]) -> None:
+    given, ids = setting(sink, value, **more), tokens(2, LENGTH)
+    expected = gradients(with_sinks(given), ids)
+    sinks._KEPT.clear()
+    sinks._kept_number.cache_clear()
+    with torch.inference_mode():
+        with_sinks(given)(ids)
+    agree(gradients(with_sinks(given), ids), expected)
