@@ -36,6 +36,7 @@ class StableMaskLayer:
                 f'config.stablemask["sink_value"] is set, and {backend} does not serve it: its kernel returns no log-sum-exp, '
                 "which says how much of the value a row gets. FLASH_ATTN and FLEX_ATTENTION serve it"
             )
+        self.stablemask.check_value_dim(self.head_size)
         logger.info_once("StableMask: %s, %s", str(self.stablemask), backend)
 
     def table(self, layer: Any, device: torch.device) -> Tensor:

@@ -52,6 +52,17 @@ class Settings:
         self.lengths = {layer.length for _, layer in asked}
         self.has_sink = any(layer.sink is not None for _, layer in asked)
         self.has_value = any(layer.sink_value is not None for _, layer in asked)
+        self._value_dims = {None if layer.sink_value is None else layer.sink_value.shape[-1] for _, layer in asked}
+
+    def check_value_dim(self, head_dim: int) -> None:
+        """That some layer may have heads of this size, asked before a layer knows which one it is.
+
+        Raises:
+            ValueError: config.stablemask["sink_value"] is of another value head dim.
+        """
+        if not {None, head_dim} & self._value_dims:
+            dims = " or ".join(str(dim) for dim in sorted(self._value_dims, key=str))
+            raise ValueError(f'config.stablemask["sink_value"] must have {head_dim} numbers for each head, got {dims}')
 
     def layer(self, index: int, num_heads: int) -> Layer:
         """A layer's gammas and sinks: those of all heads, of which this rank takes its own num_heads."""

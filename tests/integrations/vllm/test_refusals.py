@@ -132,8 +132,11 @@ def test_most_of_the_other_backends_import_here() -> None:
 
 
 def _imports(name: str) -> bool:
+    module = AttentionBackendEnum[name].value.rpartition(".")[0]
+    if "rocm" in module or "aiter" in module:  # they load a library that ends the process on some CPUs
+        return False
     try:
-        importlib.import_module(AttentionBackendEnum[name].value.rpartition(".")[0])
+        importlib.import_module(module)
     except Exception:
         return False
     return True
