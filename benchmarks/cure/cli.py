@@ -25,6 +25,7 @@ def parse(argv):
     parser.add_argument("--model", type=Path)
     parser.text()
     parser.number("--steps", 45, "of each fine-tune")
+    parser.add_argument("--variants", default="all")
     parser.number("--orders", 3, "of the rows")
     parser.number("--long", 300, "steps of the longer fine-tunes, 0 for none", least=0)
     parser.add_argument("--run", type=Path)
@@ -44,8 +45,9 @@ def runs_of(args, size, corpus, model_folder, found, folder, device):
         name = f"{variant.name}-order{order}" + ("" if steps == size.steps else f"-{steps}steps")
         return TrainingRun(variant, order, replace(size, steps=steps), corpus, model_folder, found, folder / name, device)
 
-    main = [v for v in ALL if v.kind == "main"]
-    runs = [run(v, 0, size.steps) for v in ALL]
+    chosen = ALL if args.variants == "all" else [BY_NAME[name] for name in args.variants.split(",")]
+    main = [v for v in chosen if v.kind == "main"]
+    runs = [run(v, 0, size.steps) for v in chosen]
     runs += [run(v, 1, size.steps) for v in main]
     if args.long:
         runs += [run(BY_NAME[name], 0, args.long) for name in LONG[:2]]
