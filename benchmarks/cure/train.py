@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.cure.model import attentions, load
+from benchmarks.cure.model import load
 from benchmarks.cure.sinks import Sinks
 from benchmarks.cure.text import Corpus
 from benchmarks.cure.variants import Variant, apply, new_log_gammas
@@ -82,7 +82,9 @@ class TrainingRun:
             saved = torch.load(path, map_location=self.device, weights_only=True, mmap=True)
             theirs = saved["config"]
         except Exception as error:
-            raise ValueError(f"--run: {path} is no checkpoint of benchmarks.cure ({type(error).__name__}): move it away") from None
+            raise ValueError(
+                f"--run: {path} is no checkpoint of benchmarks.cure ({type(error).__name__}): move it away"
+            ) from None
         for name, new in self.config.items():
             if theirs.get(name) != new:
                 raise ValueError(
@@ -236,7 +238,3 @@ def excess(hidden_states: Sequence[Tensor]) -> Tensor:
     """By how much the norms of hidden states exceed EXCESS medians: nats, summed over slots, the mean over layers."""
     norms = torch.stack([x[0].float().norm(dim=-1) for x in hidden_states[1:-1]])  # the last one is normalised
     return F.relu((norms / norms.detach().median(1, keepdim=True).values).log() - math.log(EXCESS)).sum(1).mean()
-
-
-def layers_of(model: Any) -> int:
-    return len(attentions(model))
