@@ -1,6 +1,7 @@
 """A pretrained model's sinks: the level and the value of each head, and gammas that would give the same share.
 
-The level is the log mass whose mean share over rows FIRST..N-1 is what the first token gets, which it replaces.
+The level is the log mass whose mean share is what the first token gets, which it replaces. The mean is over rows N/4 .. N-1: those
+before have too few keys to be like the others.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from torch import Tensor
 from benchmarks.cure.model import attentions, watching
 from sm_flex import log_mass
 
-FIRST = 64  # rows before have too few keys to be like the others
 HALVINGS = 40
 
 
@@ -25,7 +25,8 @@ class Sinks(NamedTuple):
 @torch.no_grad()
 def measure(model: Any, rows_RS: Tensor) -> Sinks:
     """Of a causal model, on a few rows of text."""
-    layers = len(attentions(model))
+    layers, length = len(attentions(model)), rows_RS.shape[1]
+    first = length // 4
     rest: list[list[Tensor]] = [[] for _ in range(layers)]  # log-sum-exp of all keys but the first
     share: list[list[Tensor]] = [[] for _ in range(layers)]
     value: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -33,11 +34,10 @@ def measure(model: Any, rows_RS: Tensor) -> Sinks:
     def look(module: Any, query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None) -> None:
         key = key.repeat_interleave(module.num_key_value_groups, 1)
         scores = (query @ key.transpose(-1, -2) * module.scaling).float()
-        length = scores.shape[-1]
         scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
-        others = scores[0, :, FIRST:, 1:].logsumexp(-1)
+        others = scores[0, :, first:, 1:].logsumexp(-1)
         rest[module.layer_idx].append(others)
-        share[module.layer_idx].append(torch.sigmoid(scores[0, :, FIRST:, 0] - others))
+        share[module.layer_idx].append(torch.sigmoid(scores[0, :, first:, 0] - others))
         value[module.layer_idx].append(values[0, :, 0].float())
 
     with watching(look):
@@ -46,8 +46,7 @@ def measure(model: Any, rows_RS: Tensor) -> Sinks:
     rest_LRHS = torch.stack([torch.stack(x) for x in rest])
     share_LH = torch.stack([torch.stack(x) for x in share]).mean((1, 3))
     level_LH = level_of(rest_LRHS, share_LH)
-    length = rows_RS.shape[1]
-    positions = torch.arange(FIRST, length, device=rows_RS.device)
+    positions = torch.arange(first, length, device=rows_RS.device)
     return Sinks(
         level_LH, torch.stack([torch.stack(x).mean(0) for x in value]), share_LH,
         gamma_of(rest_LRHS, share_LH, positions, length),
