@@ -96,8 +96,8 @@ def read(config: Any, layer: int | None, device: torch.device, keep: bool = True
     if has_sink and type(gamma) is float and gamma == math.inf:
         if sink is None:
             return None
-        length = given.get("length", getattr(config, "max_position_embeddings", None) or 1)
-        return Settings(None, length_from(length, name='config.stablemask["length"]'), sink, sink_value)
+        length = given.get("length")  # of which nothing depends here
+        return Settings(None, 1 if length is None else _length(length, config), sink, sink_value)
     if isinstance(gamma, list):
         gamma = tuple(gamma)
     # Only plain numbers are looked up: True is 1 to a dict, and others have no hash.

@@ -59,7 +59,8 @@ class Settings:
     def _asked(self, index: int) -> tuple[int, Tensor, int]:
         """(heads of the whole model, gamma, N) of a layer."""
         asked = self._reader.read(self._config, index, torch.device("cpu"))
-        assert asked is not None, "None is for Transformers' own attention by the name sm_flex"
+        if asked is None or asked.gamma is None or asked.sink is not None:
+            raise NotImplementedError('config.stablemask has a "sink", which StableMask does not serve in vLLM: use Transformers')
         return self._reader.num_heads(self._config, index), asked.gamma, asked.length
 
     def __str__(self) -> str:
