@@ -100,10 +100,9 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
         chosen = variants_of(args.variants)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"--run: {folder} is not a folder")
-        text = read_text(args.text)
         result = report.Result(parser, args.out, "cure", device)
         model_folder = folder_of(args.model)
-        corpus = tokenise(text, model_folder, AutoTokenizer.from_pretrained(model_folder))
+        corpus = tokenise(read_text(args.text), model_folder, AutoTokenizer.from_pretrained(model_folder))
         held_out = held_out_of(corpus, size, args.rows, args.long_rows, device)
         folder.mkdir(parents=True, exist_ok=True)
         found = measured_sinks(model_folder, corpus, size, folder, device)

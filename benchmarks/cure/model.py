@@ -93,7 +93,7 @@ def _keep(gguf: Path, kept: Path) -> None:
 
 def load(folder: Path, device: torch.device) -> Any:
     """The model in float32, on the adapter, with no mass yet."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="stablemask")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="stablemask")
     set_mass(model, Mass(), 1)
     return model.to(device).eval()
 

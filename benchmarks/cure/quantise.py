@@ -1,9 +1,9 @@
 """A model rounded to int8: its weights, what enters its products, its key-value cache.
 
-Symmetric, as PyTorch's torchao has it: x is round(x / s) s with s = max |x| / 127. Weights have a scale for each output channel;
-activations and the cache get theirs as they come (dynamic), one for the whole tensor or one for each token (of each head, in the
-cache). The rounded numbers are multiplied in float32: these are the values of an int8 product, without its speed. The embedding
-and the head, which is the same matrix, stay in float32.
+Symmetric, the numbers of PyTorch's torchao (Int8DynamicActivationInt8WeightConfig): x is round(x / s) s with s = max |x| / 127.5.
+Weights have a scale for each output channel; activations and the cache get theirs as they come (dynamic), one for the whole
+tensor or one for each token (of each head, in the cache). The rounded numbers are multiplied in float32: the values of an int8
+product, without its speed. The embedding and the head, which is the same matrix, stay in float32.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ ROUNDINGS = {
 def rounded(x: Tensor, by: str) -> Tensor:
     """To int8 and back: one scale for the last dimension of each entry ("token"), or one for all ("tensor")."""
     largest = x.abs().amax(-1, keepdim=True) if by == "token" else x.abs().amax()
-    scale = (largest / 127).clamp(min=torch.finfo(x.dtype).tiny)
-    return (x / scale).round() * scale
+    scale = (largest / 127.5).clamp(min=torch.finfo(x.dtype).eps)
+    return (x * (1 / scale)).round().clamp(-128, 127) * scale
 
 
 @contextmanager

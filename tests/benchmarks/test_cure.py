@@ -1,8 +1,6 @@
-"""benchmarks.cure on a tiny Llama: rows, masks, sinks, variants, training, measures, roundings, and the command itself."""
+"""benchmarks.cure on a tiny Llama: rows, views, sinks, and masses through the config."""
 
-import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from benchmarks.cure import cli, figures, measures, quantise, sinks, stages, train
-from benchmarks.cure.model import attentions, folder_of, mass_of, set_mass
-from benchmarks.cure.variants import ALL, BY_NAME, FALL, apply, mass_at
+from benchmarks.cure import sinks
+from benchmarks.cure.model import attentions, folder_of, mass_of
+from benchmarks.cure.variants import BY_NAME, FALL, apply, mass_at
 from benchmarks.cure.views import WHOLE, View, mask_of
 from sm_flex import headwise_gamma, log_mass
 from sm_flex_transformers import stablemask_attention
-from tests.helpers.cure import (
-    CPU,
-    DIM,
-    HEADS,
-    KEY_HEADS,
-    LAYERS,
-    SMALL,
-    WORDS,
-    corpus,
-    random_sinks,
-    run_of,
-    tiny,
-    write_model,
-    write_text,
-)
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*fused.*:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def model(folder: Path) -> Any:
-    return tiny(folder)
-
-
-@pytest.fixture
-def rows_RL() -> Tensor:
-    return torch.randint(len(WORDS), (5, 33), generator=torch.Generator().manual_seed(3))
+from tests.helpers.cure import CPU, DIM, HEADS, KEY_HEADS, LAYERS, SMALL, corpus, random_sinks, tiny
 
 
 def eager_logits(model: Any, ids: Tensor, seen: Tensor, masses: list[Any]) -> Tensor:
@@ -143,8 +110,8 @@ def test_what_the_config_says_is_equation_11_with_the_variants_mass(model: Any, 
 
 def test_an_annealed_mass_falls_and_is_gone_after_half_of_the_steps() -> None:
     found = random_sinks()
-    at = [mass_at(BY_NAME["annealed"], found, done).sink_LH for done in (0.0, 0.25, 0.5, 1.0)]
-    assert torch.equal(at[0] - at[1], torch.full_like(found.level_LH, FALL / 2))  # pyright: ignore[reportOptionalOperand]
+    at: list[Any] = [mass_at(BY_NAME["annealed"], found, done).sink_LH for done in (0.0, 0.25, 0.5, 1.0)]
+    assert torch.equal(at[0] - at[1], torch.full_like(found.level_LH, FALL / 2))
     assert at[2] is None
     assert at[3] is None
 
@@ -182,277 +149,7 @@ def test_the_level_of_a_sink_is_the_mass_with_its_mean_share_and_so_is_the_gamma
             torch.testing.assert_close(reached[reachable], share[reachable], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["evicted-value", "annealed", "learned", "penalty-mass-value"])
-def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(name: str, folder: Path, tmp_path: Path) -> None:
-    whole = run_of(name, folder, tmp_path / "whole")
-    there = train.train(whole).state_dict()
-
-    class KilledError(Exception):
-        pass
-
-    def kill(run: train.TrainingRun) -> None:
-        if len(run.training) == 3:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train.train(run_of(name, folder, tmp_path / "killed"), kill)
-    killed = run_of(name, folder, tmp_path / "killed")
-    killed.load()
-    assert len(killed.training) == 2
-    assert not killed.done
-    here = train.train(killed).state_dict()
-    assert killed.done
-    assert killed.training == whole.training
-    assert killed.norms == whole.norms
-    assert all(torch.equal(there[key], here[key]) for key in there)
-    assert not torch.equal(there["model.layers.0.mlp.up_proj.weight"], tiny(folder).model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(there["model.embed_tokens.weight"], tiny(folder).model.embed_tokens.weight)
-
-
-def test_a_finished_run_gives_back_the_model_and_the_mass_that_it_was_trained_to(
-    folder: Path, tmp_path: Path, rows_RL: Tensor
-) -> None:
-    run = run_of("learned", folder, tmp_path / "run")
-    trained = train.train(run)
-    again = run_of("learned", folder, tmp_path / "run").trained_model()
-    assert torch.equal(measures.losses(trained, rows_RL, WHOLE), measures.losses(again, rows_RL, WHOLE))
-    gammas = torch.tensor([module.config.stablemask["gamma"] for module in attentions(again)])
-    torch.testing.assert_close(gammas, again.log_gamma_LH.detach().exp())
-    assert (gammas - headwise_gamma(HEADS)).abs().min() > 1e-6  # every one was trained
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
-    train.train(run_of("causal", folder, tmp_path / "run"))
-    with pytest.raises(ValueError, match="was trained with order = 0, and this run has 1"):
-        run_of("causal", folder, tmp_path / "run", order=1).load()
-    (tmp_path / "run" / train.WEIGHTS).write_text("no weights")
-    with pytest.raises(ValueError, match="is no checkpoint of benchmarks"):
-        run_of("causal", folder, tmp_path / "run").load()
-
-
-def test_a_folder_that_another_process_holds_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    run, seen = run_of("causal", folder, tmp_path / "run"), []
-    with train.held(tmp_path / "run") as mine:
-        assert mine
-        train.train_all([run], lambda run, model: seen.append(run))
-        assert not run.training
-    train.train_all([run], lambda run, model: seen.append(run))
-    assert run.done
-    assert seen == [run]
-
-
-def test_the_penalty_counts_norms_above_four_medians() -> None:
-    states = [torch.zeros(1, 5, 3) for _ in range(4)]
-    for x in states:
-        x[..., 0] = torch.tensor([80.0, 1.0, 1.0, 1.0, 1.0])  # the median is 1
-    states[1][0, 0, 0] = 4.0  # the first of the two layers that count
-    expected = (0.0 + math.log(80 / 4)) / 2
-    assert train.excess(states).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_losses_are_cross_entropy_of_the_models_own_logits(model: Any, rows_RL: Tensor) -> None:
-    set_mass(model, mass_at(BY_NAME["mass"], random_sinks(), 1.0), 32)
-    found = measures.losses(model, rows_RL, View(window=8, keep=4))
-    with torch.no_grad():
-        logits = model(rows_RL[:, :-1], attention_mask=mask_of(View(window=8, keep=4), 32, CPU), use_cache=False).logits
-    expected = -logits.log_softmax(-1).gather(-1, rows_RL[:, 1:, None])[..., 0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    means = measures.by_row(found)
-    assert means["late"] == pytest.approx(found[:, 16:].mean(1).tolist())
-    blocks = measures.stream(model, rows_RL, {"window": View(window=8, keep=4)}, 8)["window"]
-    assert torch.tensor(blocks).shape == (5, 4)
-    torch.testing.assert_close(torch.tensor(blocks).mean(1), found.mean(1))
-
-
-def test_where_attention_goes_is_the_matrix_of_equation_11(model: Any, rows_RL: Tensor) -> None:
-    found, view = random_sinks(), View(evict=8)
-    apply(model, BY_NAME["evicted-mass"], found, 32, 5, 5)
-    states: list[Any] = []
-    weights: dict[int, list[Tensor]] = {0: [], 1: []}
-
-    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **given: Any) -> Any:
-        scores = (query @ key.repeat_interleave(module.num_key_value_groups, 1).mT * given["scaling"]).masked_fill(
-            ~mask, -math.inf
-        )
-        level = found.level_LH[module.layer_idx][None, :, None, None].expand(1, -1, 32, 1)
-        weights[module.layer_idx].append(torch.cat([scores, level], -1).softmax(-1)[0])
-        return stablemask_attention(module, query, key, value, mask, **given)
-
-    AttentionInterface.register("stablemask", look)
-    with torch.no_grad():
-        for row in rows_RL[: measures.LOOKED_AT]:
-            mask = mask_of(view, 32, CPU)
-            states.append(
-                model.model(row[None, :-1], attention_mask=mask, use_cache=False, output_hidden_states=True).hidden_states
-            )
-    AttentionInterface.register("stablemask", stablemask_attention)
-    looked = measures.Looked(LAYERS)
-    measures.losses(model, rows_RL, view, looked)
-    result = looked.result()
-    mean = torch.stack([torch.stack(x).mean(0) for x in weights.values()])  # (L, H, S, S + 1)
-    assert result["share_by_layer"] == pytest.approx([0.0, 0.0])  # from row 8 on nobody sees it
-    assert result["pseudo_by_layer"] == pytest.approx(mean[:, :, 8:, -1].mean((1, 2)).tolist(), rel=1e-4)
-    columns = mean[LAYERS * 2 // 5 :, :, 16:, :-1].mean((0, 1, 2))
-    assert result["columns"] == pytest.approx(columns.tolist(), rel=1e-4)
-    assert result["largest_column"] == pytest.approx([1 + int(columns[1:8].argmax()), columns[1:8].max().item()], rel=1e-4)
-    norms = torch.stack([torch.stack([x[0].norm(dim=-1) for x in row[1:-1]]) for row in states])
-    assert result["norm_first"] == pytest.approx(norms[..., 0].max().item(), rel=1e-5)
-    assert result["norm_other"][1] == pytest.approx(norms[..., 1:].max().item(), rel=1e-5)
-
-
-def test_measuring_looks_at_the_own_view_and_at_all_keys(model: Any, rows_RL: Tensor) -> None:
-    found = measures.measure(model, rows_RL, View(evict=8), 8)
-    assert set(found["losses"]) == {"own", "whole", "window", "window+4", "evicted"}
-    assert found["losses"]["own"] == found["losses"]["evicted"]
-    assert found["own"]["share"] == 0.0
-    assert found["whole"]["share"] > 0.01
-    assert found["losses"]["window"]["all"] == pytest.approx(measures.losses(model, rows_RL, View(8)).mean(1).tolist())
-
-
-def test_a_paired_difference_is_over_the_means_of_the_same_rows() -> None:
-    ours, theirs = [[1.0, 2.0, 4.0], [3.0, 2.0, 2.0]], [[0.0, 2.0, 1.0], [1.0, 1.0, 2.0]]
-    each = [(1.0 + 2.0) / 2, (0.0 + 1.0) / 2, (3.0 + 0.0) / 2]
-    mean, error = measures.paired(ours, theirs)
-    assert mean == pytest.approx(statistics.fmean(each))
-    assert error == pytest.approx(statistics.stdev(each) / math.sqrt(3))
-
-
-@pytest.mark.parametrize("by", ["token", "tensor"])
-def test_rounding_leaves_255_steps_and_at_most_half_a_step_of_error(by: str) -> None:
-    x = torch.randn(4, 7, 5)
-    x[0, 0, 0] = 50.0
-    found = quantise.rounded(x, by)
-    scale = (x.abs().amax(-1, keepdim=True) if by == "token" else x.abs().amax()) / 127
-    steps = found / scale
-    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
-    assert steps.abs().max() <= 127 + 1e-4
-    assert ((found - x).abs() <= scale / 2 + 1e-6).all()
-    assert (quantise.rounded(torch.zeros(2, 3), by) == 0).all()
-
-
-def test_a_rounded_model_multiplies_rounded_numbers_and_is_whole_again_afterwards(model: Any, rows_RL: Tensor) -> None:
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    plain = measures.losses(model, rows_RL, WHOLE)
-    linear = model.model.layers[1].mlp.down_proj
-    seen: list[Tensor] = []
-    found = {}
-    for name, rounding in quantise.ROUNDINGS.items():
-        with quantise.quantised(model, rounding):
-            handle = linear.register_forward_hook(lambda module, given, out: seen.extend([given[0], module.weight.clone(), out]))
-            found[name] = measures.losses(model, rows_RL[:1], WHOLE)
-            handle.remove()
-        given, weight, out = seen[-3:]
-        if rounding.weights:
-            torch.testing.assert_close(weight, quantise.rounded(before["model.layers.1.mlp.down_proj.weight"], "token"))
-        if rounding.activations is not None:
-            torch.testing.assert_close(given, quantise.rounded(given, rounding.activations))
-        torch.testing.assert_close(out, given @ weight.mT)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(plain, measures.losses(model, rows_RL, WHOLE))
-    assert all(1e-6 < (x - plain[:1]).abs().max() < 1.0 for x in found.values())
-    assert len({x.sum().item() for x in found.values()}) == len(found)
-
-
-def test_rounding_by_token_is_torchaos_own() -> None:
-    quantization: Any = pytest.importorskip("torchao.quantization")
-    linear = torch.nn.Linear(64, 32, bias=False)
-    x = torch.randn(9, 64)
-    ours = quantise.rounded(x, "token") @ quantise.rounded(linear.weight.data, "token").mT
-    quantization.quantize_(linear, quantization.Int8DynamicActivationInt8WeightConfig())
-    torch.testing.assert_close(linear(x), ours, rtol=1e-3, atol=1e-3)
-
-
-def test_the_plan_trains_the_first_order_of_all_first_and_the_long_ones_last() -> None:
-    runs = cli.plan(ALL, SMALL, 2, 9)
-    assert [run[0] for run in runs[: len(ALL)]] == list(ALL)
-    assert {order for _, order, _ in runs[: len(ALL)]} == {0}
-    assert [variant.kind for variant, order, _ in runs if order == 1] == ["main"] * 11
-    assert [(variant.name, steps) for variant, _, steps in runs[-4:]] == [(name, 9) for name in cli.LONG]
-
-
-def test_the_command_writes_its_tables_and_figures_and_trains_nothing_twice(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [
-        "--model",
-        str(folder),
-        "--text",
-        str(write_text(tmp_path / "text")),
-        "--variants",
-        "causal,evicted-mass,headwise,alone-mass",
-    ]
-    options += ["--steps", "2", "--orders", "2", "--long", "3", "--rows", "3", "--long-rows", "2"]
-    options += ["--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    cli.main(options, SMALL)
-    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert list(record["variants"]) == [
-        "causal",
-        "evicted-mass",
-        "headwise",
-        "alone-mass",
-        "causal-3",
-        "evicted-mass-3",
-        "headwise-3",
-    ]
-    assert record["variants"]["causal"]["orders"] == [0, 1]
-    assert record["variants"]["alone-mass"]["orders"] == [0]
-    assert len(record["variants"]["causal-3"]["training"][0]) == 3
-    assert len(record["untrained"]) == 6
-    assert record["stream"]["untrained-mass-value"]["nats"][0][0] > 0
-    page = next((tmp_path / "out").glob("*.md")).read_text()
-    for title in ("The illness", "The switch", "The cure", "Where attention went", "Longer", "Streaming", "Rounded to int8"):
-        assert f"## {title}" in page
-    assert len(list((tmp_path / "out").glob("*.png"))) == 4
-    causal, mass = (record["variants"][name]["losses"] for name in ("causal", "evicted-mass"))
-    value, error = measures.paired(mass["own"]["all"], causal["whole"]["all"])
-    assert f"| {value:+.4f} ({error:.4f}) |" in page
-
-    def trains(*args: Any) -> None:
-        raise AssertionError("trained or measured again")
-
-    monkeypatch.setattr(train, "one_step", trains)
-    monkeypatch.setattr(measures, "losses", trains)
-    cli.main(options, SMALL)
-    again = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert {**again, "source": 0} == {**record, "source": 0}
-    capsys.readouterr()
-    figures.main([str(next((tmp_path / "out").glob("*.json")))])
-    assert len(capsys.readouterr().out.splitlines()) == 4
-
-
-def test_rows_measured_before_are_not_mixed_with_others(tmp_path: Path, rows_RL: Tensor) -> None:
-    ours, other = (stages.HeldOut(rows, rows_RL[:0], 8) for rows in (rows_RL, rows_RL[1:]))
-    stages._kept(tmp_path / "x.json", ours, lambda: [1.0])
-    assert stages._kept(tmp_path / "x.json", ours, lambda: [2.0]) == [1.0]
-    assert stages.read(tmp_path / "x.json", other) is None
-    assert stages._kept(tmp_path / "x.json", other, lambda: [2.0]) == [2.0]
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--variants", "causal,cured"], "--variants: no such variant: cured"),
-        (["--model", "nowhere"], "--model: no such file or folder: nowhere"),
-        (["--model", "{text}"], "has no config.json: give a folder that save_pretrained wrote, or a .gguf file"),
-        (["--model", "{text}/0.txt"], "is neither a folder of Transformers nor a .gguf file"),
-        (["--text", "{text}/0.txt", "--model", "{model}"], "is too short: it takes documents of more than 32 tokens"),
-    ],
-)
-def test_bad_input_is_one_line(
-    options: list[str], why: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = write_text(tmp_path / "text")
-    (text / "0.txt").write_text("word1 word2")
-    options = [option.format(text=text, model=folder) for option in options]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--out", str(tmp_path / "out"), "--run", str(tmp_path / "runs"), *options], SMALL)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert why in line
-
-
-def test_a_folder_of_transformers_is_taken_as_it_is(folder: Path) -> None:
-    assert folder_of(folder) == folder
-    assert mass_of(attentions(tiny(folder))[0], CPU).length == 1
+def test_a_folder_of_transformers_is_taken_as_it_is(tiny_llama: Path) -> None:
+    assert folder_of(tiny_llama) == tiny_llama
+    assert mass_of(attentions(tiny(tiny_llama))[0], CPU).length == 1
     assert DIM * HEADS == 24
