@@ -30,10 +30,12 @@ def flex_on(backend: str) -> Attention:
         visible: Tensor | None,
         scale: float | None,
         sink: Tensor | None = None,
+        sink_value: Tensor | None = None,
         **problem: Any,
     ) -> tuple[Tensor, Tensor]:
+        mask = _mask(**problem, sink=sink, sink_value=sink_value)
         out, aux = flex_attention(
-            q, k, v, score_mod=_mask(**problem, sink=sink), block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
+            q, k, v, score_mod=mask, block_mask=_block_mask(visible), scale=scale, enable_gqa=True,
             kernel_options={"BACKEND": backend}, return_aux=AuxRequest(lse=True),
         )  # fmt: skip
         assert aux.lse is not None
@@ -50,6 +52,7 @@ def flex_score_mod(
     visible: Tensor | None,
     scale: float | None,
     sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
     **problem: Any,
 ) -> tuple[Tensor, Tensor]:
     """An inner score_mod that scales the scores and hides what is not visible."""
@@ -62,7 +65,12 @@ def flex_score_mod(
         return torch.where(visible[b, torch.zeros_like(h), q_idx, kv_idx], score, -torch.inf)
 
     out, aux = flex_attention(
-        q, k, v, score_mod=_mask(**problem, sink=sink, score_mod=inner), enable_gqa=True, return_aux=AuxRequest(lse=True)
+        q,
+        k,
+        v,
+        score_mod=_mask(**problem, sink=sink, sink_value=sink_value, score_mod=inner),
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None
     return out, aux.lse
@@ -79,6 +87,7 @@ def sdpa_on(*backends: SDPBackend, as_bias: bool = False) -> Attention:
         visible: Tensor | None,
         scale: float | None,
         sink: Tensor | None = None,
+        sink_value: Tensor | None = None,
         **problem: Any,
     ) -> Tensor:
         attn_mask = _beyond_causal(visible)
@@ -95,7 +104,7 @@ def sdpa_on(*backends: SDPBackend, as_bias: bool = False) -> Attention:
                 is_causal=attn_mask is None,
                 scale=scale,
                 enable_gqa=True,
-                score_mod=_mask(**problem, sink=sink),
+                score_mod=_mask(**problem, sink=sink, sink_value=sink_value),
             )
 
     return attend
@@ -112,6 +121,7 @@ def varlen(
     visible: Tensor | None,
     scale: Any,
     sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch packed into one row, a document for each of its rows, or for each that the mask has."""
     batch, heads, num_queries, _ = q.shape
@@ -132,15 +142,26 @@ def varlen(
         if num_queries == num_keys and torch.equal(positions, restart):
             positions = None  # varlen_attn restarts them by itself
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    mask = stablemask(gamma, length=length, positions=positions, sink=sink, sink_value=sink_value)
     out, lse = varlen_attn(
         q, k, v, cu_q, cu_k, num_queries, num_keys, window_size=(window, 0), scale=scale, enable_gqa=True,
-        return_aux=VarlenAux(lse=True), score_mod=stablemask(gamma, length=length, positions=positions, sink=sink),
+        return_aux=VarlenAux(lse=True), score_mod=mask,
     )  # fmt: skip
     return out.unflatten(0, (batch, num_queries)).transpose(1, 2), lse.reshape(heads, batch, num_queries).transpose(0, 1)
 
 
 def remask_over_softmax(
-    q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, positions: Tensor | None, visible: Tensor | None, scale: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gamma: Tensor,
+    length: int,
+    positions: Tensor | None,
+    visible: Tensor | None,
+    scale: Any,
+    sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """remask() and log_mass() after a causal attention of one's own, in plain PyTorch."""
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -156,7 +177,9 @@ def remask_over_softmax(
     out = (torch.softmax(scores, -1) @ wide_v).masked_fill(masked.unsqueeze(-1), 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(masked, -torch.inf)
     rows = torch.arange(num_queries, device=q.device) if positions is None else positions
-    out, lse = remask(out, lse, log_mass(gamma, rows, length))
+    if sink_value is not None:
+        sink_value = sink_value.repeat_interleave(q.shape[1] // sink_value.shape[0], dim=0)
+    out, lse = remask(out, lse, log_mass(gamma, rows, length), sink=sink, sink_value=sink_value)
     return out.to(q.dtype), lse
 
 
@@ -193,12 +216,14 @@ def _mask(
     length: int,
     positions: Tensor | None,
     sink: Tensor | None,
+    sink_value: Tensor | None,
     score_mod: Callable[..., Tensor] | None = None,
 ) -> StableMask:
     # One gamma for all heads that is not learned is passed as a number.
     uniform = not gamma.requires_grad and bool((gamma == gamma[0]).all())
     number_or_tensor = gamma[0].item() if uniform else gamma
-    return stablemask(number_or_tensor, length=length, positions=positions, score_mod=score_mod, sink=sink)
+    options: dict[str, Any] = {"positions": positions, "score_mod": score_mod, "sink": sink, "sink_value": sink_value}
+    return stablemask(number_or_tensor, length=length, **options)
 
 
 def _beyond_causal(visible: Tensor | None) -> Tensor | None:

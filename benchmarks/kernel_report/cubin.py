@@ -14,7 +14,12 @@ from triton.compiler import ASTSource
 from sm_flex.epilogue import kernel as rk
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-POINTERS = ("out_ptr", "new_out_ptr", "lse_ptr", "new_lse_ptr", "table_ptr", "gamma_ptr", "position_ptr", "cu_ptr")
+# What only a sink with a value has: its level and its value.
+VALUE_POINTERS = ("sink_ptr", "value_ptr")
+POINTERS = (
+    "out_ptr", "new_out_ptr", "lse_ptr", "new_lse_ptr", "table_ptr", "gamma_ptr", "position_ptr", "cu_ptr", *VALUE_POINTERS,
+)  # fmt: skip
+VALUE_STRIDES = ("sink_b", "sink_h", "sink_s", "value_h", "value_d")
 # Where log M comes from: the kernel's constant for it, and the pointers that it needs.
 SOURCES: dict[str, tuple[int, set[str]]] = {
     "table": (0, {"table_ptr"}),
@@ -31,6 +36,7 @@ class Variant(NamedTuple):
     head_dim: int
     in_place: bool
     source: str
+    has_value: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,16 +72,22 @@ def _compile(variant: Variant) -> Any:
     constants = {
         "HEAD_DIM": variant.head_dim, "BLOCK_D": block_d, "ROWS": rows, "HALF_ULP": rk.HALF_ULP[variant.dtype],
         "IN_PLACE": variant.in_place, "HAS_TABLE": variant.source == "table", "POSITION": position,
-        "out_d": 1, "new_d": 1, "lse_s": 1, "nlse_s": 1, "table_s": 1, "position_s": 1,
+        "HAS_VALUE": variant.has_value, "out_d": 1, "new_d": 1, "lse_s": 1, "nlse_s": 1, "table_s": 1, "position_s": 1,
     }  # fmt: skip
-    types = {"lse_ptr": "*fp32", "new_lse_ptr": "*fp32", "table_ptr": "*fp32", "gamma_ptr": "*fp32"}
+    if variant.has_value:
+        # One level per head, expanded over batch and rows: such a 0 is a multiple of 16 to the launcher.
+        constants |= {"sink_h": 1, "value_d": 1}
+        used = used.union(VALUE_POINTERS)
+    else:
+        constants |= dict.fromkeys(VALUE_STRIDES, 1)  # as the launch has them
+    types = dict.fromkeys(("lse_ptr", "new_lse_ptr", "table_ptr", "gamma_ptr", *VALUE_POINTERS), "*fp32")
     types |= {"out_ptr": TYPES[variant.dtype], "new_out_ptr": TYPES[variant.dtype], "position_ptr": "*i64", "cu_ptr": "*i32"}
-    constants |= dict.fromkeys({"table_ptr", "gamma_ptr", "position_ptr", "cu_ptr"} - used)
+    constants |= dict.fromkeys({"table_ptr", "gamma_ptr", "position_ptr", "cu_ptr", *VALUE_POINTERS} - used)
     if variant.source == "one doc.":
         constants["num_docs"] = 1  # the launcher specialises on 1
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # The launcher sees such multiples in torch's tensors; without them the loads come out scalar.
-    aligned = {"num_rows", "out_b", "out_h", "out_s", "new_b", "new_h", "new_s", *POINTERS}
+    aligned = {"num_rows", "out_b", "out_h", "out_s", "new_b", "new_h", "new_s", "sink_b", "sink_s", "value_h", *POINTERS}
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned and name not in constants}
     source = ASTSource(rk.remask_kernel, signature, {(names.index(name),): x for name, x in constants.items()}, attrs)
     return triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options={"num_warps": rk.NUM_WARPS}).asm

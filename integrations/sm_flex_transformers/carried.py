@@ -12,6 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sm_flex_transformers import settings, sharding, sinks
 from sm_flex_transformers.interface import layer_of
 
+# What learned sinks are called where they are parameters of an attention layer (absorb/learned.py).
+LEVEL, VALUE = "stablemask_sink", "stablemask_sink_value"
 _EXPANDED = WeakIdKeyDictionary()  # values as they were read: by (heads of the layer, dtype), those of each query head
 
 

@@ -33,6 +33,9 @@ def asked(module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
     gamma, length, sink, sink_value = given
     if gamma is not None:
         gamma = sharding.of_own_heads(module, gamma, heads, keep)
+    learned = getattr(module, carried.LEVEL, None)
+    if learned is not None:
+        sink, sink_value, keep = learned, getattr(module, carried.VALUE, None), False
     if sink is not None:
         sink = sharding.of_own_heads(module, sink, heads, keep)
     if sink_value is not None:

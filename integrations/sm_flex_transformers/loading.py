@@ -1,9 +1,9 @@
 """What happens where a model is built, loaded, or told to change its attention.
 
 Transformers calls nothing of an attention implementation there, and some models never look theirs up: they would run as plain
-causal models under StableMask's name. So importing this package wraps two methods of PreTrainedModel: the one that every load
-goes through, and set_attn_implementation, which skips it for just those models. For any other attention's name both do what
-they did.
+causal models under StableMask's name. So importing this package wraps three methods of PreTrainedModel: the one that every load
+goes through, set_attn_implementation, which skips it for just those models, and save_pretrained, for sinks that are learned.
+For any other attention's name they do what they did.
 """
 
 import functools
@@ -21,11 +21,12 @@ logger = logging.get_logger("transformers.sm_flex")  # under the root that trans
 
 
 def install() -> None:
-    """Wraps the two methods, once."""
+    """Wraps the three methods, once."""
     if hasattr(PreTrainedModel.set_attn_implementation, "__wrapped__"):
         return
     choose = PreTrainedModel.get_correct_attn_implementation
     change = PreTrainedModel.set_attn_implementation
+    save = PreTrainedModel.save_pretrained
 
     @functools.wraps(choose)
     def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
@@ -53,6 +54,14 @@ def install() -> None:
                     check_looks_up(type(module), name_of(module.config))
                     forwards.watch(module)
 
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from sm_flex_transformers.absorb import learned  # which reads models that this file has made ready
+
+        learned.before_save(self, kwargs.get("state_dict"))
+        return save(self, save_directory, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
     PreTrainedModel.set_attn_implementation = set_attn_implementation
 

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from sm_flex import headwise_gamma
+from sm_flex.mass.share import gamma_of_share, mean_pseudo_share
 from sm_flex_transformers import settings
 from sm_flex_transformers.interface import NAMES
 
@@ -14,16 +16,17 @@ logger = logging.get_logger("transformers.sm_flex")
 
 
 class GammaSchedule(TrainerCallback):
-    """Trainer callback: every head's gamma falls from start to its target over the first ``steps`` steps, then stays.
+    """Trainer callback: the mass grows evenly from nothing to that of the target over the first ``steps`` steps, then stays.
 
-    log gamma falls linearly, from a start at which even the first rows are all but causal (M(0) < 5e-5). The current value
-    stands in model.config.stablemask["gamma"], so that a checkpoint resumes where it was, and the last value is saved as the
-    list that it is.
+    What grows linearly is the mean share of a causal row that the pseudo scores take where all real scores are 0
+    (:func:`sm_flex.mass.share.mean_pseudo_share`), for each head; gamma is the one that has it. (Linear in log gamma, from a gamma
+    that is all but causal, most steps change nothing, and then the mass arrives at once.) The current value stands in
+    model.config.stablemask["gamma"], so that a checkpoint resumes where it was, and the last value is saved as the list that it is.
 
     Args:
         steps: of the optimizer, at least 1.
         target: "headwise", a number, or one number a head; all > 0.
-        start: > 0.
+        start: the gamma whose share is the first, > 0; inf is none.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; and, when training begins, a model that runs neither
@@ -31,24 +34,30 @@ class GammaSchedule(TrainerCallback):
             numbers of heads where the target is not one number.
     """
 
-    def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = 10.0) -> None:
+    def __init__(self, steps: int, target: str | float | list[float] = "headwise", start: float = math.inf) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps must be an int, got {steps!r}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         numbers = [] if target == "headwise" else target if isinstance(target, list) else [target]
-        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in [start, *numbers]):
-            raise ValueError(f'start and target must be positive numbers (target may be "headwise"), got {start} and {target!r}')
+        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers) or not 0 < start:
+            raise ValueError(
+                f'start and target must be positive numbers (target may be "headwise", start inf), got {start} and {target!r}'
+            )
         self.steps, self.target, self.start = steps, target, start
 
-    def gamma(self, step: int, num_heads: int) -> list[float]:
-        """One gamma a head after ``step`` steps."""
+    def gamma(self, step: int, num_heads: int, length: int = 2048) -> list[float]:
+        """One gamma a head after ``step`` steps, for the training length N."""
         if self.target == "headwise":
             targets = headwise_gamma(num_heads).tolist()
         else:
             targets = self.target if isinstance(self.target, list) else [float(self.target)] * num_heads
         done = min(1.0, step / self.steps)
-        return [math.exp((1 - done) * math.log(self.start) + done * math.log(target)) for target in targets]
+        if done == 1.0:
+            return targets
+        start, target = torch.tensor(self.start, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
+        first, last = mean_pseudo_share(start, length), mean_pseudo_share(target, length)
+        return gamma_of_share((1 - done) * first + done * last, length).tolist()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         settings.hand_down(model.config)
@@ -79,11 +88,12 @@ class GammaSchedule(TrainerCallback):
     def _now(self, state: Any, config: Any) -> float | list[float]:
         """One gamma per head, or one for all where the layers differ in their heads."""
         heads = settings.heads_of_layers(config)
+        length = settings.length(config)
         if len(heads) == 1:
-            return self.gamma(state.global_step, heads[0])
+            return self.gamma(state.global_step, heads[0], length)
         if not isinstance(self.target, (int, float)):
             raise ValueError(
                 f"this model's layers have {' or '.join(map(str, heads))} query heads, and GammaSchedule sets one gamma per head "
                 "for all of them: give it one number as its target"
             )
-        return self.gamma(state.global_step, 1)[0]
+        return self.gamma(state.global_step, 1, length)[0]

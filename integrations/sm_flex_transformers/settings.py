@@ -144,6 +144,11 @@ def num_heads(config: Any, layer: int | None) -> int:
     return config.num_attention_heads
 
 
+def length(config: Any) -> int:
+    """N of a model's config."""
+    return _length((of(config) or {}).get("length"), config)
+
+
 def _length(length: Any, config: Any) -> int:
     if length is None:
         length = getattr(config, "max_position_embeddings", None)

@@ -83,6 +83,12 @@ def _within_documents(
     return lambda start, end: rows(start, end) & documents(start, end)
 
 
+def check_count(name: str, x: object, least: int) -> None:
+    """An int, or None where the argument may be left out."""
+    if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < least):
+        raise ValueError(f"{name} must be an int >= {least}, got {x!r}")
+
+
 def by_rows(call: CheckedCall, look: Callable[[Tensor, Tensor], Tensor], *columns: int) -> Tensor:
     """(B, H, S, *columns): look(weights, share) of each block of rows.
 

@@ -4,6 +4,10 @@ s tends to 1 as the mass fades. Where 1 - s is below half an ulp of the output's
 itself, and a tile of which all rows are that far is left alone. So the kernel reads 4 bytes per row (lse),
 writes 4 (lse'), and touches the 2 * D * itemsize bytes of an output row only where they can change. The test
 is on s as it will be used, so no bit depends on it.
+
+A sink may carry a value v: out' = s * out + p * v in float32, p = exp(sink - lse'), then cast. A tile is then
+left alone only where p, too, is 0 in float32 in all of its rows: however small p is, an element of out may be 0.
+(What may depend on that is the sign of a zero.)
 """
 
 from contextlib import nullcontext
@@ -15,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sm_flex.epilogue.formula import real_share_and_lse, times_share
+from sm_flex.epilogue.formula import exp_difference, real_share_and_lse, times_share
 from sm_flex.mass.closed_form import HUGE
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import plain_eager
@@ -77,12 +81,12 @@ def _first_row(cu_ptr, row, num_docs, ROWS: tl.constexpr):
 
 @triton.jit
 def remask_kernel(
-    out_ptr, new_out_ptr, lse_ptr, new_lse_ptr, table_ptr, gamma_ptr, position_ptr, cu_ptr,
+    out_ptr, new_out_ptr, lse_ptr, new_lse_ptr, table_ptr, gamma_ptr, position_ptr, cu_ptr, sink_ptr, value_ptr,
     num_rows, num_heads, length, num_docs,
     out_b, out_h, out_s, out_d, new_b, new_h, new_s, new_d, lse_b, lse_h, lse_s, nlse_b, nlse_h, nlse_s,
-    table_b, table_h, table_s, gamma_h, position_b, position_s,
+    table_b, table_h, table_s, gamma_h, position_b, position_s, sink_b, sink_h, sink_s, value_h, value_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HALF_ULP: tl.constexpr,
-    IN_PLACE: tl.constexpr, HAS_TABLE: tl.constexpr, POSITION: tl.constexpr,
+    IN_PLACE: tl.constexpr, HAS_TABLE: tl.constexpr, POSITION: tl.constexpr, HAS_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one (batch, head). new_out_ptr is out_ptr where IN_PLACE."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
@@ -93,6 +97,10 @@ def remask_kernel(
     first = first.to(tl.int64)
     at = row.to(tl.int64)
     lse = tl.load(lse_ptr + batch * lse_b + head * lse_h + at * lse_s, mask=inside, other=0.0)
+    sink = lse
+    if HAS_VALUE:
+        sink = sink_ptr + batch * sink_b + head * sink_h + at * sink_s
+        sink = tl.load(sink, mask=inside, other=float("-inf")).to(tl.float32)
 
     # A loop of one turn. Triton computes what it can anew in the layout of the tile, where a row belongs to many
     # threads; what comes out of a loop it hands over instead, so that log M is worked out once per row.
@@ -122,6 +130,16 @@ def remask_kernel(
     # 1 - share is exact here, and 1 - HALF_ULP would not be in fp32. Not (... < ...), so that NaN counts as
     # touched.
     touched = inside & ~(1.0 - share < HALF_ULP)
+    pseudo = share
+    if HAS_VALUE:
+        # Of one turn, as above. Its counter is new and comes second: Triton 3.8 crashes where a variable that only
+        # goes into a loop stands before one that also comes out.
+        pseudo, more = sink, num_heads
+        while more > 0:
+            # Where sink and lse' are both -inf, their difference is NaN.
+            pseudo = tl.where(sink == float("-inf"), 0.0, tl.exp(sink - new_lse))
+            more = 0
+        touched = touched | (pseudo != 0.0)
     work = tl.sum(touched.to(tl.int32)) if IN_PLACE else 1
     if work > 0:  # pyright: ignore[reportOperatorIssue]
         column = tl.arange(0, BLOCK_D)
@@ -132,7 +150,11 @@ def remask_kernel(
         # Nothing is read of a fully masked row, whose out may hold NaN: 0 is stored.
         masked = share < 0.0
         out = tl.load(source, mask=tile & ~masked[:, None], other=0.0)
-        new_out = (out.to(tl.float32) * tl.where(masked, 0.0, share)[:, None]).to(out.dtype)
+        new_out = out.to(tl.float32) * tl.where(masked, 0.0, share)[:, None]
+        if HAS_VALUE:
+            value = tl.load(value_ptr + head * value_h + column * value_d, mask=column < HEAD_DIM, other=0.0)
+            new_out += pseudo[:, None] * value.to(tl.float32)[None, :]
+        new_out = new_out.to(out.dtype)
         if IN_PLACE:
             tl.store(source, new_out, mask=tile)
         else:
@@ -141,7 +163,8 @@ def remask_kernel(
             tl.store(target, new_out, mask=tile)
 
 
-# Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here.
+# Both ops take out, lse and then the fields of Mass. torch infers their schema from what is written here. The
+# defaults keep an exported program that was saved before sinks carried a value.
 @triton_op("sm_flex::remask_", mutates_args={"out"})
 def remask_in_place_op(
     out: Tensor,
@@ -151,8 +174,10 @@ def remask_in_place_op(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     length: int,
+    sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> Tensor:
-    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length, sink, sink_value)
     if out.device.type == "cpu":
         new_out, new_lse = _reference(out, lse, mass)
         out.copy_(new_out)
@@ -171,8 +196,10 @@ def remask_op(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     length: int,
+    sink: Tensor | None = None,
+    sink_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    mass = Mass(log_mass, gamma, positions, cu_seqlens, length)
+    mass = Mass(log_mass, gamma, positions, cu_seqlens, length, sink, sink_value)
     if out.device.type == "cpu":
         return _reference(out, lse, mass)
     new_out, new_lse = torch.empty_like(out), torch.empty_like(lse)
@@ -184,9 +211,12 @@ def launch(out: Tensor, lse: Tensor, mass: Mass, *, in_place: bool) -> tuple[Ten
     """(out', lse') of the epilogue; out (..., S, D) bf16, fp16 or fp32, lse (..., S) float32."""
     if out.dim() != 4:
         assert not in_place, "only remask() has other than four dimensions, and it does not work in place"
-        flat_out, flat_lse = out.reshape(-1, 1, *out.shape[-2:]), lse.reshape(-1, 1, lse.shape[-1])
-        log_mass = mass.table(out.shape[-2], lse.dtype).expand(lse.shape).reshape(flat_lse.shape)
-        new_out, new_lse = remask_op(flat_out, flat_lse, *Mass(log_mass))
+        heads = out.shape[-3] if out.dim() > 2 else 1  # a sink's value is one per head
+        flat_out, flat_lse = out.reshape(-1, heads, *out.shape[-2:]), lse.reshape(-1, heads, lse.shape[-1])
+        tables = mass.table(out.shape[-2], lse.dtype), mass.sink_HS
+        log_mass, sink = [None if x is None else x.expand(lse.shape).reshape(flat_lse.shape) for x in tables]
+        flat_mass = Mass(log_mass, sink_HS=sink, sink_value_HD=mass.sink_value_HD)
+        new_out, new_lse = remask_op(flat_out, flat_lse, *flat_mass)
         return new_out.reshape(out.shape), new_lse.reshape(lse.shape)
     # Triton launches on the current device; compiled code guards for itself.
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(out):
@@ -215,19 +245,28 @@ def _launch(kernel: Any, out: Tensor, new_out: Tensor, lse: Tensor, new_lse: Ten
     table_strides = (0, 0, 0) if mass.log_mass_HS is None else mass.log_mass_HS.expand(lse.shape).stride()
     gamma_stride = 0 if mass.gamma is None or mass.gamma.dim() == 0 else mass.gamma.stride(0)
     position_strides = (0, 0) if mass.positions is None else mass.positions.expand(batch, num_rows).stride()
+    # A 1 becomes a constant of the compiled kernel: without a value it has not one parameter more.
+    sink_strides = (1, 1, 1) if mass.sink_HS is None else mass.sink_HS.expand(lse.shape).stride()
+    value_strides = (1, 1) if mass.sink_value_HD is None else mass.sink_value_HD.expand(heads, head_dim).stride()
     tensors = (out, new_out, lse, new_lse, mass.log_mass_HS, mass.gamma, mass.positions, mass.cu_seqlens)
+    tensors = (*tensors, mass.sink_HS, mass.sink_value_HD)
     sizes = (num_rows, heads, mass.length, 0 if mass.cu_seqlens is None else mass.cu_seqlens.shape[0] - 1)
     out_strides = (*out.stride(), *new_out.stride(), *lse.stride(), *new_lse.stride())
     tiles = triton.cdiv(num_rows, rows)
     layers = triton.cdiv(tiles, MAX_GRID)
     kernel[(batch * heads, triton.cdiv(tiles, layers), layers)](
-        *tensors, *sizes, *out_strides, *table_strides, gamma_stride, *position_strides,
+        *tensors, *sizes, *out_strides, *table_strides, gamma_stride, *position_strides, *sink_strides, *value_strides,
         HEAD_DIM=head_dim, BLOCK_D=block_d, ROWS=rows, HALF_ULP=HALF_ULP[out.dtype],
-        IN_PLACE=in_place, HAS_TABLE=mass.log_mass_HS is not None, POSITION=source, num_warps=NUM_WARPS,
+        IN_PLACE=in_place, HAS_TABLE=mass.log_mass_HS is not None, POSITION=source,
+        HAS_VALUE=mass.sink_value_HD is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def _reference(out: Tensor, lse: Tensor, mass: Mass) -> tuple[Tensor, Tensor]:
     share, new_lse = real_share_and_lse(lse, mass.table(out.shape[-2], lse.dtype))
     assert new_lse is not None
-    return times_share(out, share, lse), new_lse
+    if mass.sink_HS is None or mass.sink_value_HD is None:
+        return times_share(out, share, lse), new_lse
+    pseudo = exp_difference(mass.sink_HS, new_lse)
+    wide = times_share(out.to(share.dtype), share, lse)
+    return (wide + pseudo.unsqueeze(-1) * mass.sink_value_HD.unsqueeze(-2)).to(out.dtype), new_lse

@@ -66,8 +66,9 @@ def remask(
         tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     given = [("out", out), ("lse", lse), ("log_mass", log_mass)]
-    if sink is not None or sink_value is not None:
-        given += [("sink", sink)] if sink_value is None else [("sink", sink), ("sink_value", sink_value)]
+    if sink_value is not None and sink is None:
+        raise ValueError("sink is required where sink_value is given: pass remask(..., sink=...), the level of its pseudo score")
+    given += [(name, x) for name, x in (("sink", sink), ("sink_value", sink_value)) if x is not None]
     for name, x in given:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -90,13 +91,13 @@ def remask(
     if sink is None:
         return remask_by_mass(out, lse, Mass(whole))
     sink = sink.to(lse.dtype)
-    sink = sink.unsqueeze(-1) if sink.dim() == 1 else sink
+    sink = sink.unsqueeze(-1) if sink.dim() == 1 and lse.dim() > 1 else sink
     whole = log_add(whole, sink)
     if sink_value is None:
         return remask_by_mass(out, lse, Mass(whole))
-    heads = out.shape[-3] if out.dim() > 2 else 1
-    value_HD = sink_value.to(lse.dtype).expand(heads, -1)
-    return remask_by_mass(out, lse, Mass(whole, sink_HS=sink, sink_value_HD=value_HD))
+    value = sink_value.to(lse.dtype)
+    value = value.expand(out.shape[-3], -1) if out.dim() > 2 else value[0]
+    return remask_by_mass(out, lse, Mass(whole, sink_HS=sink, sink_value_HD=value))
 
 
 def _check_sink(sink: Tensor, sink_value: Tensor | None, out: Tensor, lse: Tensor) -> None:

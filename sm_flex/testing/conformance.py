@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from sm_flex.testing.contract import Attention
-from sm_flex.testing.laws import LAWS, Check
+from sm_flex.testing.law import Check
+from sm_flex.testing.laws import LAWS
 from sm_flex.testing.old_names import renamed
 from sm_flex.testing.problem import Problem
 
@@ -26,7 +27,10 @@ PROBES: dict[str, dict[str, Any]] = {
     "visible": {"window": 64},
     "scale": {"scale": 0.5},
     "sink": {"sink": 0.0},
+    "sink_value": {"sink": 0.0, "sink_values": 4},
 }
+# Features that have keywords of their own, which are passed only to a function that names them.
+NAMED = {"sink": ("sink",), "sink_value": ("sink", "sink_value")}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def check_attention(
     Args:
         fn: fn(q, k, v, *, gamma, length, positions, visible, scale) -> out or (out, lse), as sm_flex/testing/contract.py says.
             What it does not do it refuses with NotImplementedError; those laws are not run, nor are those about sinks
-            where its signature has no `sink`.
+            where its signature has no `sink`, or no `sink_value`.
         grads: also its gradients (False: an inference kernel).
         dtype: of q, k and v. float64 is held to 1e-10, others to the budget of sm_flex/testing/tolerance.py.
         device: where the problems are, and the oracle runs: one that has float64.
@@ -173,7 +177,7 @@ def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:
     """The FEATURES that fn refuses, each with its reason. A fn that refuses the plain problem too refuses something else."""
     found: dict[str, str] = {}
     for feature, changes in {"": {}, **PROBES}.items():
-        if feature == "sink" and not _names_sink(fn):
+        if not _names(fn, feature):
             found[feature] = "its signature does not name it"
             continue
         arguments = PROBE.replace(**changes, dtype=dtype, device=device).arguments
@@ -182,17 +186,17 @@ def refusals(fn: Attention, dtype: torch.dtype, device: str) -> dict[str, str]:
             fn(q, k, v, **arguments)
         except NotImplementedError as error:
             if not feature:
-                return {} if _names_sink(fn) else {"sink": "its signature does not name it"}
+                return {name: "its signature does not name it" for name in NAMED if not _names(fn, name)}
             found[feature] = _line(error)
         except Exception:
             continue  # not a refusal: the law that is about it fails with it
     return found
 
 
-def _names_sink(fn: Attention) -> bool:
+def _names(fn: Attention, feature: str) -> bool:
     """An fn written before there were sinks may swallow unknown keywords: **kwargs alone does not count."""
     try:
-        return "sink" in inspect.signature(fn).parameters
+        return all(name in inspect.signature(fn).parameters for name in NAMED.get(feature, ()))
     except ValueError:  # a builtin without a signature
         return False
 

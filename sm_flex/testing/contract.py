@@ -12,10 +12,11 @@
 What fn does not do it refuses with NotImplementedError, in its forward or its backward.
 
 An fn that serves sinks has one more keyword, `sink=None`: (H,), one pseudo score per head in every row, which requires
-grad where it is learned. It is passed where there is one, and only to an fn whose signature names it.
+grad where it is learned. It is passed where there is one, and only to an fn whose signature names it. So is
+`sink_value=None`, what that pseudo score carries: (H, D), or (Hkv, D) with one for the query heads of each key head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -78,11 +79,14 @@ def assert_agree(a: Output, b: Output, rows: slice = slice(None), name: str = "o
         assert_within(a.lse[..., rows], b.lse.double(), a.lse_budget[..., rows] + b.lse_budget, f"lse of {name}")
 
 
-def assert_gradients(fn: Attention, problem: Problem, learned_sink: bool = False, **options: Any) -> None:
-    """Raise AssertionError unless fn has the gradients of eq. 11; options as in assert_matches_eq11."""
+def assert_gradients(fn: Attention, problem: Problem, learned: Collection[str] = (), **options: Any) -> None:
+    """Raise AssertionError unless fn has the gradients of eq. 11; options as in assert_matches_eq11.
+
+    learned: which of "sink" and "sink_value" require grad.
+    """
     kwargs = problem.arguments
     inputs = [kwargs.pop(name) for name in INPUTS]
-    learned = {"sink": kwargs.pop("sink")} if learned_sink else {}
+    extra_inputs = [kwargs.pop(name) for name in learned]
 
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor | None]:
         returned = fn(q, k, v, gamma=gamma, **kwargs, **dict(zip(learned, extra, strict=True)))
@@ -91,4 +95,4 @@ def assert_gradients(fn: Attention, problem: Problem, learned_sink: bool = False
     def oracle_kwargs(*extra: Tensor) -> dict[str, Any]:
         return {**kwargs, **dict(zip(learned, extra, strict=True))}
 
-    assert_matches_eq11(run, [*inputs, *learned.values()], oracle_kwargs, sums_cancel=True, **options)
+    assert_matches_eq11(run, [*inputs, *extra_inputs], oracle_kwargs, sums_cancel=True, **options)

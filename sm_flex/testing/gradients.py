@@ -72,7 +72,9 @@ def assert_matches_eq11(
         if "dgamma" in names:
             sizes["dgamma"] = _gamma_term_magnitude(row_size, row_lse, wide[3], options)
         if "dsink" in names:
-            sizes["dsink"] = _sink_term_magnitude(row_size, row_lse, options["sink"])
+            sizes["dsink"] = _sink_term_magnitude(row_size + _value_row_size(grad_out, options), row_lse, options["sink"])
+        if "dsink_value" in names:
+            sizes["dsink_value"] = _sink_value_term_magnitude(grad_out, row_lse, options)
     names = ["out", *(["lse"] if has_lse else []), *names]
     for name, a, r, p in zip(names, actual, reference, plain, strict=True):
         if dtype == torch.float64 or tolerance is not None:
@@ -153,3 +155,21 @@ def _sink_term_magnitude(row_size: Tensor, lse: Tensor, sink: Tensor) -> float:
     scores = sink.unsqueeze(-1) if sink.dim() == 1 else sink
     terms = torch.exp(scores - lse).nan_to_num(0.0) * row_size
     return terms.sum_to_size(scores.shape).max().item()
+
+
+def _value_row_size(grad_out: Tensor, options: dict[str, Any]) -> Tensor:
+    """The sizes of the terms of grad_out . v for the value v that a sink carries, (B, H, S); 0 where it carries none."""
+    value = options.get("sink_value")
+    if value is None:
+        return torch.zeros((), device=grad_out.device)
+    value = value.repeat_interleave(grad_out.shape[1] // value.shape[0], dim=0)
+    return (grad_out * value.unsqueeze(-2)).abs().sum(-1)
+
+
+def _sink_value_term_magnitude(grad_out: Tensor, lse: Tensor, options: dict[str, Any]) -> float:
+    """Sum over the rows that share a value of exp(sink - lse) * |grad_out|, the largest."""
+    sink, values = options["sink"], options["sink_value"].shape[0]
+    scores = sink.unsqueeze(-1) if sink.dim() == 1 else sink
+    share = torch.exp(scores - lse).nan_to_num(0.0)
+    terms = (share.unsqueeze(-1) * grad_out.abs()).sum((0, 2))
+    return terms.unflatten(0, (values, -1)).sum(1).max().item()

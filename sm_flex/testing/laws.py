@@ -6,48 +6,15 @@ s = exp(l - l') the real share of a row.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 
 from sm_flex.testing.contract import Attention, Output, assert_agree, assert_gradients, attend, reference, require_lse
-from sm_flex.testing.problem import FEATURES, Problem
+from sm_flex.testing.law import BASIC, NO_SINK, NO_VALUE, WITHOUT_VALUE, assert_one_more_key, assert_right, law
+from sm_flex.testing.law import LAWS as LAWS
+from sm_flex.testing.problem import Problem
 from sm_flex.testing.tolerance import assert_within
-
-Check = Callable[[Attention, Problem], None]
-# What any law takes that draws positions and masks of its own; the laws about the mass of gamma alone take no sink.
-NO_SINK = ("grouped", "scale")
-BASIC = (*NO_SINK, "sink")
-
-
-class Law(NamedTuple):
-    """takes, needs: the FEATURES of a problem that the law is stated for, and those that it is about."""
-
-    check: Check
-    takes: tuple[str, ...]
-    needs: tuple[str, ...]
-    gradient: bool
-    finite_gamma: bool
-
-
-LAWS: dict[str, Law] = {}
-
-
-def law(
-    takes: tuple[str, ...] = FEATURES, needs: tuple[str, ...] = (), gradient: bool = False, finite_gamma: bool = False
-) -> Callable[[Check], Check]:
-    def register(function: Check) -> Check:
-        LAWS[function.__name__] = Law(function, takes, needs, gradient, finite_gamma)
-        return function
-
-    return register
-
-
-def assert_right(fn: Attention, problem: Problem) -> None:
-    expected = reference(problem.arguments)
-    assert_within(attend(fn, problem).out, expected.out, expected.out_budget, "out")
 
 
 @law(takes=())
@@ -60,8 +27,11 @@ def equation_11(fn: Attention, problem: Problem) -> None:
 def grouped_heads(fn: Attention, problem: Problem) -> None:
     """GQA is attention with repeated key heads: query head h has key head h // (H / Hkv), and a gamma of its own."""
     assert_right(fn, problem)
-    k, v = (problem.arguments[name].repeat_interleave(problem.heads // problem.kv_heads, dim=1) for name in "kv")
-    assert_agree(attend(fn, problem), attend(fn, problem, k=k, v=v))
+    arguments, groups = problem.arguments, problem.heads // problem.kv_heads
+    repeated = {name: arguments[name].repeat_interleave(groups, dim=1) for name in "kv"}
+    if problem.sink_values == problem.kv_heads and "sink_value" in arguments:
+        repeated["sink_value"] = arguments["sink_value"].repeat_interleave(groups, dim=0)
+    assert_agree(attend(fn, problem), attend(fn, problem, **repeated))
 
 
 @law(takes=BASIC, needs=("positions",))
@@ -72,7 +42,10 @@ def positions(fn: Attention, problem: Problem) -> None:
 
 @law(needs=("visible",))
 def masks(fn: Attention, problem: Problem) -> None:
-    """A mask narrows the causal slots and leaves the mass alone; a row that sees nothing has out 0 and l' = log M."""
+    """A mask narrows the causal slots and leaves the mass alone; a row that sees nothing has out 0 and l' = log M.
+
+    Where a sink has a value, out is p_sink * v there.
+    """
     assert_right(fn, problem)
 
 
@@ -90,22 +63,24 @@ def sink(fn: Attention, problem: Problem) -> None:
     assert_agree(attend(fn, problem, **none), attend(fn, problem.replace(sink=None)))
 
 
-@law(needs=("sink",))
+@law(takes=BASIC, needs=("sink_value",))
+def sink_value(fn: Attention, problem: Problem) -> None:
+    """What a sink carries joins out with the sink's own share, p_sink = exp(sink - l'). A value of 0 is none."""
+    assert_right(fn, problem)
+    none = {"sink_value": torch.zeros_like(problem.arguments["sink_value"])}
+    assert_agree(attend(fn, problem, **none), attend(fn, problem.replace(sink_values=0)))
+
+
+@law(takes=WITHOUT_VALUE, needs=("sink",))
 def a_sink_is_a_key_without_value(fn: Attention, problem: Problem) -> None:
     """With gamma = inf a sink is one more key of that score, whose value is 0: ordinary attention to it, in float64."""
-    problem = problem.replace(gamma=math.inf)
-    output, arguments = attend(fn, problem), problem.arguments
-    groups, pad = problem.heads // problem.kv_heads, torch.nn.functional.pad
-    q, k, v = (arguments[name].double() for name in "qkv")
-    k, v = (pad(x.repeat_interleave(groups, dim=1), (0, 0, 0, 1)) for x in (k, v))
-    seen = problem.slots.unsqueeze(1) >= torch.arange(problem.num_keys, device=problem.device)
-    seen = seen.expand(problem.batch, problem.heads, -1, -1) if problem.visible is None else problem.visible
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if problem.scale is None else problem.scale)
-    scores[..., :-1] = scores[..., :-1].masked_fill(~seen, -math.inf)
-    scores[..., -1] = arguments["sink"].double().unsqueeze(-1)
-    assert_within(output.out, torch.softmax(scores, -1).nan_to_num() @ v, output.out_budget + 1e-10, "out")
-    if output.lse is not None:
-        assert_within(output.lse, torch.logsumexp(scores, -1), output.lse_budget, "lse")
+    assert_one_more_key(fn, problem)
+
+
+@law(needs=("sink_value",))
+def a_sink_with_a_value_is_a_key(fn: Attention, problem: Problem) -> None:
+    """With gamma = inf a sink is one more key of that score and that value: ordinary attention to it, in float64."""
+    assert_one_more_key(fn, problem)
 
 
 @law(needs=("sink",))
@@ -130,7 +105,7 @@ def log_sum_exp(fn: Attention, problem: Problem) -> None:
     assert_within(require_lse(attend(fn, problem)), expected.lse, expected.lse_budget, "lse")
 
 
-@law(takes=(*BASIC, "positions"))
+@law(takes=(*NO_VALUE, "positions"))
 def rows_sum_to_the_real_share(fn: Attention, problem: Problem) -> None:
     """With v = 1, out is s = sigmoid(l - log M) in [0, 1] (alpha in section 4.2), and s = exp(l - l')."""
     arguments = {**problem.arguments, "v": torch.ones_like(problem.arguments["v"])}
@@ -243,6 +218,8 @@ def batch_and_heads_are_independent(fn: Attention, problem: Problem) -> None:
     heads = (kv.unsqueeze(1) * groups + torch.arange(groups, device=device)).flatten()
     moved = {"q": arguments["q"][batch][:, heads], "k": arguments["k"][batch][:, kv], "v": arguments["v"][batch][:, kv]}
     moved |= {name: arguments[name][heads] for name in ("gamma", "sink") if name in arguments}
+    if "sink_value" in arguments:
+        moved["sink_value"] = arguments["sink_value"][kv if problem.sink_values == problem.kv_heads else heads]
     if problem.positions is not None and problem.positions.dim() == 2:
         moved["positions"] = problem.positions[batch]
     if problem.visible is not None:
@@ -257,10 +234,14 @@ def batch_and_heads_are_independent(fn: Attention, problem: Problem) -> None:
 
 @law()
 def linear_in_v(fn: Attention, problem: Problem) -> None:
-    """out(a - 2b) = out(a) - 2 out(b), for a and b the values at even and at odd slots, which any dtype adds exactly."""
+    """out(a - 2b) = out(a) - 2 out(b), for a and b the values at even and at odd slots, which any dtype adds exactly.
+
+    A sink's value is one of the values: it goes with a.
+    """
     v = problem.arguments["v"]
     even = (torch.arange(problem.num_keys, device=problem.device) % 2 == 0).unsqueeze(-1)
-    a, b = attend(fn, problem, v=v * even), attend(fn, problem, v=v * ~even)
+    rest = {"sink_value": torch.zeros_like(problem.sink_value_HD)} if "sink_value" in problem.arguments else {}
+    a, b = attend(fn, problem, v=v * even), attend(fn, problem, v=v * ~even, **rest)
     both = attend(fn, problem, v=torch.where(even, v, -2 * v))
     budget = both.out_budget + a.out_budget + 2 * b.out_budget
     assert_within(both.out, a.out.double() - 2 * b.out.double(), budget, "out")
@@ -280,8 +261,17 @@ def gradient_of_gamma(fn: Attention, problem: Problem) -> None:
 
 @law(takes=(*BASIC, "positions", "visible"), needs=("sink",), gradient=True)
 def gradient_of_sink(fn: Attention, problem: Problem) -> None:
-    """d sink of eq. 11, for a sink that requires grad: the sum over its rows of -exp(sink - l') * rowsum(dout * out)."""
-    assert_gradients(fn, problem, constants=("gamma",), learned_sink=True)
+    """d sink of eq. 11, for a sink that requires grad: the sum over its rows of exp(sink - l') * (dout . v - dout . out).
+
+    v is the sink's value, 0 where it has none.
+    """
+    assert_gradients(fn, problem, constants=("gamma",), learned=("sink",))
+
+
+@law(needs=("sink_value",), gradient=True)
+def gradient_of_sink_value(fn: Attention, problem: Problem) -> None:
+    """d sink_value of eq. 11, for one that requires grad: the sum over its rows of exp(sink - l') * dout; d sink beside it."""
+    assert_gradients(fn, problem, constants=("gamma",), learned=("sink", "sink_value"))
 
 
 @law(gradient=True)

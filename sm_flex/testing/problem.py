@@ -15,8 +15,8 @@ from torch import Tensor
 from sm_flex.testing.old_names import renamed
 
 # What a problem may have beyond equal lengths, one key head for each query head, and causality: grouped heads, positions,
-# a boolean mask, a scale, a sink.
-FEATURES = ("grouped", "positions", "visible", "scale", "sink")
+# a boolean mask, a scale, a sink, a value that the sink carries.
+FEATURES = ("grouped", "positions", "visible", "scale", "sink", "sink_value")
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,6 +31,7 @@ class Problem:
     hidden: the part of the keys that a random mask hides, which leaves rows without any.
     scale: of the scores, None for 1/sqrt(D). spread: a factor on q, and so on the size of the scores.
     sink: one pseudo score for every head, or one per head; None for no sink.
+    sink_values: how many values the sink has, kv_heads or heads; 0 for none.
     cut: where the laws that cut a sequence cut it, modulo its length.
     """
 
@@ -50,6 +51,7 @@ class Problem:
     scale: float | None = None
     spread: float = 1.0
     sink: float | tuple[float, ...] | None = None
+    sink_values: int = 0
     cut: int = 0
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
@@ -69,14 +71,17 @@ class Problem:
     def arguments(self) -> dict[str, Any]:
         """What an attention is given: q (B, H, S, D); k, v (B, Hkv, T, D); gamma (H,); length; positions; visible; scale.
 
-        And sink (H,), where there is one.
+        And sink (H,) and sink_value (H or Hkv, D), where there is one.
         """
         q, k, v = self.qkv
         arguments = {
             "q": q, "k": k, "v": v, "gamma": self.gamma_H, "length": self.length,
             "positions": self.positions, "visible": self.visible, "scale": self.scale,
         }  # fmt: skip
-        return arguments if self.sink is None else {**arguments, "sink": self._each_head(self.sink)}
+        if self.sink is None:
+            return arguments
+        arguments["sink"] = self._each_head(self.sink)
+        return {**arguments, "sink_value": self.sink_value_HD} if self.sink_values else arguments
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +101,13 @@ class Problem:
     def gamma_H(self) -> Tensor:
         """gamma, (H,) in float32, or in float64 for float64 inputs."""
         return self._each_head(self.gamma)
+
+    @property
+    def sink_value_HD(self) -> Tensor:
+        """What the sink carries, (sink_values, D), of the dtype of gamma."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        value = torch.randn((self.sink_values, self.head_dim), generator=generator, dtype=torch.float64)
+        return value.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     @property
     def slots(self) -> Tensor:

@@ -66,6 +66,7 @@ def problems(
             documents = tuple(sorted(draw(st.sets(st.integers(1, num_keys - 1), max_size=3))))
         window = draw(st.one_of(st.just(-1), st.integers(0, num_keys)))
         hidden = draw(st.sampled_from((0.0, 0.5) if documents or window != -1 else (0.5, 0.1)))
+    with_value = has("sink_value") and ("sink" in (*takes, *needs) or "sink_value" in needs)
     return Problem(
         seed=draw(st.integers(0, 2**31)),
         batch=batch,
@@ -83,7 +84,8 @@ def problems(
         hidden=hidden,
         scale=draw(st.sampled_from((0.3, 1.0))) if has("scale") else None,
         spread=draw(st.sampled_from((1.0, 0.0, 5.0))),
-        sink=draw(_for_heads(SINKS, kv_heads * groups)) if has("sink") else None,
+        sink=draw(_for_heads(SINKS, kv_heads * groups)) if with_value or has("sink") else None,
+        sink_values=draw(st.sampled_from((kv_heads, kv_heads * groups))) if with_value else 0,
         cut=draw(st.integers(0, 99)),
         dtype=dtype,
         device=device,

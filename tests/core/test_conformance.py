@@ -1,6 +1,5 @@
 """check_attention has teeth: planted errors are caught, each by the law it breaks, and the reported code reproduces them."""
 
-import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,88 +11,24 @@ import torch
 from hypothesis import Phase, settings
 from torch import Tensor
 
-from sm_flex import log_mass
 from sm_flex.testing import Report, check_attention
 from sm_flex.testing.__main__ import main
 from sm_flex.testing.conformance import Result, plan, refusals, search
+from tests.helpers.planted_errors import attention, with_error
 
 ROOT = Path(__file__).parents[2]
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    gamma: Tensor,
-    length: int,
-    positions: Tensor | None,
-    visible: Tensor | None,
-    scale: float | None,
-    sink: Tensor | None = None,
-    error: str = "",
-) -> tuple[Tensor, Tensor]:
-    """StableMask in plain PyTorch, in float32 at least, with one error planted."""
-    num_queries, num_keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    rows = torch.arange(num_queries) if positions is None else positions
-    if error == "mass off by one row":
-        rows = rows + 1
-    if error == "gamma of the wrong head under GQA":
-        gamma = gamma.unflatten(0, (groups, -1)).T.flatten()
-    if error == "mass that follows the cache length":
-        length = num_keys
-    if error == "packed positions not restarting" and visible is not None:
-        rows = torch.arange(num_keys - num_queries, num_keys)
-    leak = error == "future leak of one key" and visible is None
-    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries + leak)
-    seen = seen if visible is None else visible
-    wide = torch.promote_types(q.dtype, torch.float32)
-    wide_k, wide_v = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q.to(wide) @ wide_k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    real = scores.masked_fill(~seen, -1e30)
-    lse = torch.logsumexp(real, -1)
-    if error == "lse cast to bf16 before the share":
-        lse = lse.bfloat16().to(wide)
-    new_lse = torch.logaddexp(lse, log_mass(gamma, rows, length))
-    without_sink = new_lse
-    if sink is not None and error != "forgotten sink":
-        each_head = sink.flip(0) if error == "sink of the wrong head" else sink
-        if error == "sink in bf16":
-            each_head = sink.bfloat16().to(wide)
-        new_lse = torch.logaddexp(
-            new_lse, (each_head.detach() if error == "sink without a gradient" else each_head).unsqueeze(-1)
-        )
-    nothing = new_lse < -1e29  # neither a key nor any mass
-    out = (torch.exp(real - new_lse.unsqueeze(-1)).masked_fill(nothing.unsqueeze(-1), 0.0) @ wide_v).to(q.dtype)
-    new_lse = new_lse.masked_fill(nothing, -math.inf)
-    if error == "sink added after the remask":
-        share = torch.exp(real - without_sink.unsqueeze(-1)).masked_fill(without_sink.unsqueeze(-1) < -1e29, 0.0)
-        out = (share @ wide_v).to(q.dtype)
-    if error == "lse without the sink":
-        new_lse = without_sink.masked_fill(without_sink < -1e29, -math.inf)
-    if error == "dropped lse gradient":
-        new_lse = new_lse.detach()
-    if error == "lse cast to bf16":
-        new_lse = new_lse.bfloat16().to(wide)
-    if error == "lse returned in bf16":
-        new_lse = new_lse.bfloat16()
-    if error == "out scaled but lse not":
-        new_lse = lse.masked_fill(nothing, -math.inf)
-    if error == "zeros":
-        out = out * 0
-    if error == "plain causal attention":
-        out, new_lse = out * torch.exp(new_lse - lse).unsqueeze(-1).to(out.dtype), lse
-    return out, new_lse
-
-
-def with_error(error: str) -> Any:
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, sink=sink, **options, error=error)
-
-    return fn
-
-
-SINK_LAWS = ("sink", "a_sink_is_a_key_without_value", "a_constant_moves_lse_alone", "gradient_of_sink")
+VALUE_LAWS = ("sink_value", "a_sink_with_a_value_is_a_key", "gradient_of_sink_value")
+SINK_LAWS = (
+    "sink",
+    "sink_value",
+    "a_sink_is_a_key_without_value",
+    "a_sink_with_a_value_is_a_key",
+    "a_constant_moves_lse_alone",
+    "gradient_of_sink",
+    "gradient_of_sink_value",
+)
 # Each error, a law that it breaks, and one that it leaves whole.
 ERRORS = {
     "mass off by one row": ("equation_11", "infinite_gamma_is_causal_attention"),
@@ -112,6 +47,12 @@ ERRORS = {
     "sink added after the remask": ("a_sink_is_a_key_without_value", "log_sum_exp"),
     "lse without the sink": ("a_sink_is_a_key_without_value", "sink"),
     "sink without a gradient": ("gradient_of_sink", "sink"),
+    "value of the sink forgotten": ("sink_value", "a_sink_is_a_key_without_value"),
+    "value of the wrong head": ("batch_and_heads_are_independent", "a_sink_is_a_key_without_value"),
+    "share of the sink from what is not real": ("sink_value", "a_sink_with_a_value_is_a_key"),
+    "share of the sink from the lse of the real scores": ("a_sink_with_a_value_is_a_key", "log_sum_exp"),
+    "share of the sink without a gradient": ("gradient_of_sink_value", "sink_value"),
+    "value without a gradient": ("gradient_of_sink_value", "sink_value"),
     "zeros": ("equation_11", "log_sum_exp"),
     "plain causal attention": ("equation_11", "infinite_gamma_is_causal_attention"),
 }
@@ -179,7 +120,9 @@ def test_what_fn_refuses_is_not_run_and_never_passed():
         "positions": "fn refuses positions: masks and positions are not served",
         "masks": "fn refuses visible: masks and positions are not served",
         "sink": "fn refuses sink: its signature does not name it",
+        "sink_value": "fn refuses sink_value: its signature does not name it",
         "a_sink_is_a_key_without_value": "fn refuses sink: its signature does not name it",
+        "a_sink_with_a_value_is_a_key": "fn refuses sink_value: its signature does not name it",
         "a_constant_moves_lse_alone": "fn refuses sink: its signature does not name it",
         "log_sum_exp": "fn returns no lse",
         "cached_steps_are_the_full_pass": "fn refuses positions: masks and positions are not served",
@@ -187,6 +130,7 @@ def test_what_fn_refuses_is_not_run_and_never_passed():
         "padding_changes_nothing": "fn refuses positions: masks and positions are not served",
         "gradient_of_gamma": "gamma is not learned",
         "gradient_of_sink": "fn refuses sink: its signature does not name it",
+        "gradient_of_sink_value": "fn refuses sink_value: its signature does not name it",
         "gradient_of_lse": "fn returns no lse",
     }
     assert not set(why) & set(report.passed)
@@ -213,6 +157,18 @@ def test_a_fn_that_swallows_keywords_is_given_no_sink():
     assert not any(seen)
 
 
+def test_a_fn_that_names_a_sink_alone_is_given_no_value():
+    seen = []
+
+    def without_value(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append("sink_value" in options)
+        return attention(q, k, v, sink=sink, **options)
+
+    assert check_attention(without_value, max_examples=1).not_run == VALUE_LAWS
+    assert seen
+    assert not any(seen)
+
+
 def test_a_fn_that_refuses_everything_passes_nothing():
     def refuses(*args: Any, **options: Any) -> Tensor:
         raise NotImplementedError("no")
@@ -222,11 +178,12 @@ def test_a_fn_that_refuses_everything_passes_nothing():
 
 def test_inference_kernels(no_shrinking: None):
     @torch.no_grad()
-    def inference(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, sink=sink, **options)
+    def inference(q: Tensor, k: Tensor, v: Tensor, *, sink: Any = None, sink_value: Any = None, **options: Any) -> Any:
+        return attention(q, k, v, sink=sink, sink_value=sink_value, **options)
 
     report = check_attention(inference, grads=False, max_examples=3)
-    assert report.not_run == ("gradients", "gradient_of_gamma", "gradient_of_sink", "gradient_of_lse")
+    gradients = ("gradients", "gradient_of_gamma", "gradient_of_sink", "gradient_of_sink_value", "gradient_of_lse")
+    assert report.not_run == gradients
     assert "does not require grad" in outcome(inference, "gradients", max_examples=3).why
 
 
@@ -243,15 +200,17 @@ def test_a_refusal_in_the_backward_is_not_run():
                 raise NotImplementedError("lse has no gradient")
             return None
 
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, sink: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, sink=sink, **options)
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, sink: Any = None, sink_value: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, k, v, sink=sink, sink_value=sink_value, **options)
         return out, NoLseGrad.apply(lse)  # pyright: ignore[reportReturnType]
 
     assert check_attention(fn, max_examples=3).not_run == ("gradient_of_lse",)
 
 
 def test_an_exception_is_a_failure_and_not_a_refusal(no_shrinking: None):
-    def fn(q: Tensor, k: Tensor, v: Tensor, *, gamma: Tensor, length: int, visible: Tensor | None, sink: Any = None) -> Tensor:
+    def fn(
+        q: Tensor, k: Tensor, v: Tensor, *, gamma: Any, length: int, visible: Any, sink: Any = None, sink_value: Any = None
+    ) -> Any:
         return q
 
     assert refusals(fn, torch.float32, "cpu") == {}
@@ -274,7 +233,7 @@ def planted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Te
 
 def test_shell(capsys: pytest.CaptureFixture[str]):
     assert main([f"{__name__}:attention", "--max-examples", "2", "--no-grads"]) == 0
-    assert "attention, float32 on cpu: 19 laws passed, 0 failed, 4 not run" in capsys.readouterr().out
+    assert "attention, float32 on cpu: 21 laws passed, 0 failed, 5 not run" in capsys.readouterr().out
     assert main([f"{__name__}:planted", "--max-examples", "5", "--no-grads"]) == 1
     out = capsys.readouterr().out
     code = out.split("breaks log_sum_exp:\n\n")[1].split("\n\nThe smallest")[0]

@@ -21,7 +21,6 @@ NOT_RUN = {
     "scaled_dot_product_attention, cpu, boolean mask": {"log_sum_exp", "gradient_of_lse"},
     "scaled_dot_product_attention, cpu, float mask": {"log_sum_exp", "gradient_of_lse"},
     "scaled_dot_product_attention, dense, boolean mask": {"log_sum_exp", "gradient_of_lse"},
-    "remask": {"sink", "a_sink_is_a_key_without_value", "a_constant_moves_lse_alone", "gradient_of_sink"},
 }
 
 

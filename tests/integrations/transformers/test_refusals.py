@@ -1,5 +1,6 @@
 """What sm_flex_transformers refuses: each in words that name the argument, and never in silence."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,7 +265,7 @@ def test_a_schedule_for_another_attention_or_another_gamma_is_refused() -> None:
         begin(GammaSchedule(5), llama(**half))
     begin(GammaSchedule(5, target=0.5), llama(**half))
     begin(GammaSchedule(5), llama(stablemask=None))
-    begin(GammaSchedule(5), llama(stablemask={"gamma": GammaSchedule(5).gamma(3, 6), "length": LENGTH}), step=3)
+    begin(GammaSchedule(5), llama(stablemask={"gamma": GammaSchedule(5).gamma(3, 6, LENGTH), "length": LENGTH}), step=3)
 
 
 def test_a_schedule_longer_than_the_training_warns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,15 +278,28 @@ def test_a_schedule_longer_than_the_training_warns(monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_the_schedule_falls_from_all_but_causal_to_its_target() -> None:
-    schedule = GammaSchedule(steps=10)
-    assert schedule.gamma(0, 2) == pytest.approx([10.0, 10.0])
-    assert schedule.gamma(10, 2) == schedule.gamma(99, 2) == pytest.approx([2**-4, 2**-8])
-    values = [schedule.gamma(step, 2)[1] for step in range(11)]
-    assert values == sorted(values, reverse=True)
-    model = llama()
+def mean_share(gamma: float, length: int) -> float:
+    """Of the pseudo scores of eq. 8 in a row of scores 0, over rows 0..N-1: summed column by column."""
+    masses = [sum(math.exp(-j * gamma) for j in range(p + 1, length)) for p in range(length)]
+    return sum(mass / (mass + p + 1) for p, mass in enumerate(masses)) / length
+
+
+@pytest.mark.parametrize("length", [LENGTH, 96])
+@pytest.mark.parametrize(("target", "targets"), [("headwise", [2**-4, 2**-8]), (0.3, [0.3, 0.3]), ([0.5, 1e-3], [0.5, 1e-3])])
+def test_the_mean_pseudo_share_grows_linearly(length: int, target: Any, targets: list[float]) -> None:
+    schedule = GammaSchedule(steps=10, target=target)
+    assert schedule.gamma(0, 2, length) == [math.inf, math.inf]
+    assert schedule.gamma(10, 2, length) == schedule.gamma(99, 2, length) == targets
+    for head in range(2):
+        last = mean_share(targets[head], length)
+        for step in range(1, 10):
+            assert mean_share(schedule.gamma(step, 2, length)[head], length) == pytest.approx(step / 10 * last, rel=1e-9)
+
+
+def test_the_schedule_begins_causal_and_ends_at_its_target() -> None:
+    schedule, model = GammaSchedule(steps=10), llama()
     begin(schedule, model)
-    assert model.config.stablemask["gamma"] == pytest.approx([10.0] * 6)
+    assert model.config.stablemask["gamma"] == [math.inf] * 6
     schedule.on_step_end(None, SimpleNamespace(global_step=10), None, model=model)  # the last step of ten
     assert model.config.stablemask["length"] == LENGTH
     assert model.config.stablemask["gamma"] == pytest.approx(schedule.gamma(10, 6))

@@ -1,0 +1,5 @@
+"""python -m sm_flex_transformers.absorb"""
+
+from sm_flex_transformers.absorb.cli import main
+
+main()
