@@ -116,6 +116,20 @@ def test_an_annealed_mass_falls_and_is_gone_after_half_of_the_steps() -> None:
     assert at[3] is None
 
 
+def test_by_schedule_the_mean_share_of_the_mass_grows_evenly_over_half_of_the_steps(model: Any) -> None:
+    """Where all real scores are 0 it is M / (M + p + 1), in the mean over the rows."""
+    positions, shares = torch.arange(32), []
+    for step in range(9):
+        apply(model, BY_NAME["schedule"], random_sinks(), 32, step, 8)
+        setting: Any = attentions(model)[1].config.stablemask
+        gamma = headwise_gamma(HEADS) if setting["gamma"] == "headwise" else torch.tensor(setting["gamma"])
+        mass_HS = log_mass(gamma.double(), positions, 32).exp()
+        shares.append((mass_HS / (mass_HS + positions + 1)).mean(1))
+    torch.testing.assert_close(torch.stack(shares[:5]), shares[4] * torch.arange(5)[:, None] / 4, rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(share, shares[4]) for share in shares[5:])
+    assert shares[4].min() > 0.01
+
+
 def test_the_level_of_a_sink_is_the_mass_with_its_mean_share_and_so_is_the_gamma(model: Any, rows_RL: Tensor) -> None:
     """By brute force: the first token is hidden, the mass is there, and the mean share of the mass is what the token had."""
     ids = rows_RL[:, :-1]
