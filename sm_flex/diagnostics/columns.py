@@ -91,7 +91,7 @@ def column_shares(
     if kinds is not None:
         parts.append(kinds.unsqueeze(1) == torch.arange(to_kinds, device=device))
     cell_of = None if cells is None else cell_of_slots(length, cells, device)
-    if cell_of is not None:
+    if cells is not None and cell_of is not None:
         parts.append(cell_of.unsqueeze(1) == torch.arange(cells, device=device))
     sums_TX = torch.cat(parts, 1).to(dtype)
 
@@ -176,11 +176,14 @@ def _check(call: CheckedCall, sliding: int | None, kinds: Tensor | None, apart: 
         check_integers(kinds, "kinds")
         if kinds.shape != (num_keys,) or kinds.device != call.query.device:
             raise ValueError(
-                f"kinds must be ({num_keys},) on {call.query.device}, one for each key, got {tuple(kinds.shape)} on {kinds.device}"
+                f"kinds must be ({num_keys},) on {call.query.device}, one for each key, got {tuple(kinds.shape)} on "
+                f"{kinds.device}"
             )
         if num_keys == 0 or int(kinds.min()) < 0:
             raise ValueError("kinds must be >= 0, one for each of at least one key: number them from 0")
     if cells is not None and (isinstance(cells, bool) or not isinstance(cells, int) or not 1 <= cells <= max(1, length)):
-        raise ValueError(f"cells must be an int from 1 to S={length}, got {cells!r}: the picture has no more rows than the matrix")
+        raise ValueError(
+            f"cells must be an int from 1 to S={length}, got {cells!r}: the picture has no more rows than the matrix"
+        )
     if cells == 1 and length > 1:
         raise ValueError("cells must be at least 2 where S > 1: slot 0 has a cell of its own")

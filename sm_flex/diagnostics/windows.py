@@ -75,10 +75,10 @@ def windowed_attention(
             seen = seen & (rows - slots < sliding)
         if visible is not None:
             seen = seen & (visible[:, :, start:end] if visible.shape[2] > 1 else visible)[..., _at(visible, slots)]
-        k, v = key[:, :, slots], value[:, :, slots]
         out = scaled_dot_product_attention(
-            query[:, :, start:end], k, v, attn_mask=seen, scale=scale, enable_gqa=True, score_mod=_of_rows(mask, length, start, slots, end)
-        )
+            query[:, :, start:end], key[:, :, slots], value[:, :, slots], attn_mask=seen, scale=scale, enable_gqa=True,
+            score_mod=_of_rows(mask, length, start, slots, end),
+        )  # fmt: skip
         outs.append(out)
     return torch.cat(outs, 2) if outs else torch.zeros_like(query[..., : value.shape[-1]])
 

@@ -35,7 +35,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]
     "visible": ({"length": S}, {"visible": SEEN}, {"gamma": GAMMA, "visible": SEEN}),
     "sliding": ({"length": S}, {"sliding": 11}, {"gamma": GAMMA, "visible": DISTANCE < 11}),
     "block mask": (
-        {"length": S}, {"visible": BLOCKS}, {"gamma": GAMMA, "visible": DISTANCE < (9 + torch.arange(6)).reshape(6, 1, 1)}
+        {"length": S}, {"visible": BLOCKS}, {"gamma": GAMMA, "visible": (9 + torch.arange(6)).reshape(6, 1, 1) > DISTANCE}
     ),
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_every_share_is_a_sum_over_the_matrix(name: str, blocks: bool, monkeypat
     assert found.columns[..., S - 5 :].isnan().all()
     assert found.kinds is not None
     for kind in range(3):
-        assert_within(found.kinds[..., kind], reference[..., KINDS == kind].sum(-1), 1e-10, f"kind {kind}")
+        assert_within(found.kinds[..., kind], reference[..., kind == KINDS].sum(-1), 1e-10, f"kind {kind}")
     assert found.cells is not None
     cell, causal = cell_of_slots(S, 8), DISTANCE >= 0
     assert cell.bincount().tolist() == [1, 8, 7, 8, 7, 8, 7, 7]
@@ -120,7 +120,7 @@ def test_a_window_is_the_oracle_behind_its_mask(window: int, keep: int, name: st
     monkeypatch.setattr("sm_flex.diagnostics.windows.MIN_ROWS", 6)
     given, kwargs, oracle_kwargs = PROBLEMS[name]
     q, k, v = qkv(2, 6, 3, S, S, 8, v_dim=5)
-    shown = (DISTANCE < window) | (torch.arange(S) < keep)
+    shown = (window > DISTANCE) | (torch.arange(S) < keep)
     visible = oracle_kwargs.get("visible")
     expected, _ = oracle(q, k, v, **{**oracle_kwargs, "visible": shown if visible is None else shown & visible})
     found = windowed_attention(q, k, v, mask_of(given), window=window, keep=keep, **kwargs)

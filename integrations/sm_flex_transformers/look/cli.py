@@ -53,7 +53,9 @@ def run(args: Any) -> None:
             raise BadInput(f"--{name} must be at least {least}, got {value}")
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInput(f"{' and '.join(missing)} must be installed for the pictures and the progress bar: pip install 'sm-flex[bench]'")
+        raise BadInput(
+            f"{' and '.join(missing)} must be installed for the pictures and the progress bar: pip install 'sm-flex[bench]'"
+        )
     out = Path(f"look-{Path(args.model).resolve().name if Path(args.model).exists() else args.model.replace('/', '-')}")
     out = out if args.out is None else args.out
     check_is_free(out)
@@ -70,7 +72,7 @@ def run(args: Any) -> None:
     from sm_flex_transformers.look import page, pictures, report, table  # matplotlib is there
 
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
-    found = report.report_of(looked, model, tokenizer, name, texts.BUNDLED if text is None else args.text.name)
+    found = report.report_of(looked, model, tokenizer, name, texts.BUNDLED if args.text is None else args.text.name)
     check_is_free(out)
     out.mkdir(parents=True, exist_ok=True)
     report.save(found, out / "report.json")
@@ -97,9 +99,7 @@ def _with_a_bar(model: Any, tokenizer: Any, text: str | None, rows: texts.Rows, 
             bar.total = total
             bar.update(done - bar.n)
 
-        return look(
-            model, tokenizer, text, length=length, rows=args.rows, window=args.window, keep=args.keep, progress=progress
-        )
+        return look(model, tokenizer, text, length=length, rows=args.rows, window=args.window, keep=args.keep, progress=progress)
 
 
 def _config(name: str) -> Any:

@@ -154,7 +154,9 @@ class Norms:
 
 def _three(hidden: Any, layer: nn.Module) -> Tensor:
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        raise NotImplementedError(f"{type(layer).__name__} has hidden states of another form than (B, S, D): look cannot read them")
+        raise NotImplementedError(
+            f"{type(layer).__name__} has hidden states of another form than (B, S, D): look cannot read them"
+        )
     norms = hidden[0].detach().float().norm(dim=-1).cpu()
     return torch.stack([norms[0], norms[1:].max(), norms[1:].median()])
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sm_flex_transformers.look.run import ALL, KEPT, WINDOW
 
@@ -55,8 +56,9 @@ def kinds(report: dict[str, Any]) -> Figure:
     left.set_xticks(x, report["layers"], fontsize=8)
     if len(x) > 40:
         left.set_xticks(x[::8], report["layers"][::8])
-    left.set(xlabel="layer", ylabel="share of the attention", ylim=(0, 1), title="attention by kind of token", xlim=(-0.7, len(x) - 0.3))
-    for i, (values, title) in enumerate(((report["kinds"]["mean"], "attention"), (report["kinds"]["of_tokens"], "tokens"))):
+    left.set(xlabel="layer", ylabel="share of the attention", title="attention by kind of token")
+    left.set(xlim=(-0.7, len(x) - 0.3), ylim=(0, 1))
+    for i, values in enumerate((report["kinds"]["mean"], report["kinds"]["of_tokens"])):
         bottom = 0.0
         for value, color in zip(values, (FIRST, PUNCTUATION, OTHER), strict=True):
             right.bar([i], [value], bottom=[bottom], color=color, width=0.7)
@@ -85,7 +87,11 @@ def norms(report: dict[str, Any]) -> Figure:
 
 def windows(report: dict[str, Any]) -> Figure:
     tokens, found = report["tokens"], report["perplexity"]
-    names = ["all keys", f"window of {tokens['window']}\nfirst token leaves", f"window of {tokens['window']}\nfirst {tokens['kept']} kept"]
+    names = [
+        "all keys",
+        f"window of {tokens['window']}\nfirst token leaves",
+        f"window of {tokens['window']}\nfirst {tokens['kept']} kept",
+    ]
     values = [found[name]["late_perplexity"] or 0.0 for name in (ALL, WINDOW, KEPT)]
     figure, (axes,) = _figure(6, 3.6, 1)
     for i, (value, color) in enumerate(zip(values, (GREY, PUNCTUATION, FIRST), strict=True)):
@@ -105,6 +111,6 @@ def _figure(width: float, height: float, panels: int, ratios: tuple[float, ...] 
 
 
 def _whole_numbers(axes: Axes, y: bool = True) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if y:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -87,8 +87,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
         found.append(f"{_percent(report['real']['mean'])} of the attention goes to real tokens, the rest to the mass.")
     whole, window, kept = (report["perplexity"][name]["late_perplexity"] for name in (ALL, WINDOW, KEPT))
     found.append(
-        f"Perplexity of the tokens from {report['perplexity'][ALL]['late_from']} on: {whole:.1f} with all keys, {window:.1f} in a "
-        f"window of {tokens['window']}, {kept:.1f} in that window with the first {tokens['kept']} kept."
+        f"Perplexity of the tokens from {report['perplexity'][ALL]['late_from']} on: {whole:.1f} with all keys, {window:.1f} in "
+        f"a window of {tokens['window']}, {kept:.1f} in that window with the first {tokens['kept']} kept."
     )
     return found
 

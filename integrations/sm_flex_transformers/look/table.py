@@ -11,11 +11,13 @@ BARS = 20
 def table(report: dict[str, Any]) -> str:
     tokens, kinds = report["tokens"], report["kinds"]
     first, real = (layer_means(report[name]["by_head"]) for name in ("first", "real"))
+    heads, plural = sum(report["heads"]), "s" if tokens["rows"] > 1 else ""
+    columns = ("first", 6), ("max", 6), ("punct.", 6), ("other", 6), ("real", 6), ("any col.", 8), ("norm 0", 9), ("norm any", 9)
     lines = [
-        f"{report['model']}: {len(report['layers'])} attention layers, {sum(report['heads'])} heads; {tokens['rows']} row{'s' if tokens['rows'] > 1 else ''} of "
-        f"{tokens['length']} tokens of {report['text']}",
+        f"{report['model']}: {len(report['layers'])} attention layers, {heads} heads",
+        f"{tokens['rows']} row{plural} of {tokens['length']} tokens of {report['text']}",
         "",
-        f"{'layer':>5} {'first':>6} {'max':>6} {'punct.':>6} {'other':>6} {'real':>6} {'any col.':>8} {'norm 0':>9} {'norm any':>9}",
+        " ".join(["layer", *(f"{name:>{width}}" for name, width in columns)]),
     ]
     for i, name in enumerate(report["layers"]):
         by_kind = [sum(head[kind] for head in kinds["by_head"][i]) / report["heads"][i] for kind in (1, 2)]
@@ -54,5 +56,3 @@ def _norms(report: dict[str, Any], i: int) -> str:
 
 def _figure(x: float | None) -> str:
     return "-" if x is None else f"{x:,.2f}"
-
-

@@ -57,7 +57,9 @@ def rows_of(tokenizer: Any, text: str, config: Any, length: int | None, count: i
     """
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
-        raise BadInput(f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}: it must be longer than the window, {window}")
+        raise BadInput(
+            f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}: it must be longer than the window, {window}"
+        )
     start = _start(tokenizer)
     longest = len(start) + len(ids) - 1
     if longest <= window:
