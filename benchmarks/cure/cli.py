@@ -20,10 +20,10 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import report
-from benchmarks.cure import figures, sinks, stages
+from benchmarks.cure import figures, sinks, stages, untrained
 from benchmarks.cure.model import NAME, folder_of, load
 from benchmarks.cure.record import record_of
-from benchmarks.cure.stages import HeldOut
+from benchmarks.cure.stages import HeldOut, Untrained
 from benchmarks.cure.tables import tables
 from benchmarks.cure.text import Corpus, tokenise
 from benchmarks.cure.train import Size, TrainingRun, train_all
@@ -32,8 +32,6 @@ from benchmarks.lm.text import read_text
 from benchmarks.lm.tokens import replace_whole
 
 SINK_ROWS, SINK_ORDER = 4, 1000  # rows on which levels and values are measured, of an order that nothing is trained on
-STREAMED = ("causal", "headwise", "evicted", "evicted-headwise", "mass", "evicted-mass", "evicted-value")
-ROUNDED = ("causal", "headwise", "mass", "evicted-mass", "evicted-value", "alone-value", "penalty-mass-value", "penalty-causal")
 
 
 def parse(argv: list[str] | None) -> tuple[report.Parser, argparse.Namespace]:
@@ -115,8 +113,9 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
             runs[-1].load()  # one that does not fit is refused before any work
     if not args.finished:
         train_all(runs)
-    stages.of_untrained(model_folder, found, held_out, size.length, folder / "untrained", device)
-    stages.of_training(runs, held_out, STREAMED, ROUNDED)
+    masses = untrained.masses(found)
+    before = [Untrained(name, found, model_folder, size.length, folder / "untrained", device) for name in masses]
+    stages.measure_all(before, runs, held_out)
     record = record_of(runs, folder / "untrained", found, size, held_out, NAME if args.model is None else args.model.name)
     summary = {"variants": {key: x["losses"]["window"]["late"] for key, x in record["variants"].items()}}
     title = f"Attention sinks of {record['config']['model']}: seen, replaced, fine-tuned away"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ from benchmarks.cure.views import WHOLE, View
 from benchmarks.lm.tokens import replace_whole
 
 BLOCK = 64  # tokens of a point of the streaming figure
+STREAMED = (
+    "untrained causal", "untrained mass-value", "causal", "evicted-mass", "evicted", "evicted-value", "mass", "headwise",
+)  # fmt: skip
+ROUNDED = (
+    "untrained causal", "causal", "evicted-mass", "penalty-mass-value", "mass", "evicted-value", "penalty-causal", "headwise",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,26 +43,57 @@ class HeldOut:
         }  # fmt: skip
 
 
-def of_training(runs: Sequence[TrainingRun], held_out: HeldOut, streamed: Sequence[str], rounded: Sequence[str]) -> None:
-    """Measures every run that is done: the losses first, of all."""
+class Untrained(NamedTuple):
+    """The model as it is, with a mass switched on."""
+
+    name: str
+    sinks: Sinks
+    model_folder: Path
+    length: int
+    folder: Path  # of the results
+    device: torch.device
+
+    def model(self) -> Any:
+        model = load(self.model_folder, self.device)
+        untrained.switch(model, self.sinks, self.name, self.length)
+        return model
+
+
+def measure_all(before: Sequence[Untrained], runs: Sequence[TrainingRun], held_out: HeldOut) -> None:
+    """Measures what is not known yet and no other process holds: the losses of all first."""
     done = [run for run in runs if run.done]
-    tasks: list[tuple[str, TrainingRun]] = [("losses", run) for run in done]
-    tasks += [("stream", run) for run in done if run.variant.name in streamed and run.order == 0]
-    tasks += [("rounded", run) for run in done if run.variant.name in rounded and run.order == 0]
-    for what, run in tqdm(tasks, desc="measuring", unit="model", dynamic_ncols=True):
-        with held(run.folder) as mine:
+    tasks = [task for task in _tasks(before, done) if task[0] != "stream" or len(held_out.long_rows_RL)]
+    for what, of, name in tqdm(tasks, desc="measuring", unit="model", dynamic_ncols=True):
+        path = path_of(what, of)
+        with held(path.parent, f"{path.name}.lock") as mine:
             if mine:
-                _kept(run.folder / f"{what}.json", held_out, lambda run=run, what=what: _measure(what, run, held_out))
+                _kept(path, held_out, lambda what=what, of=of, name=name: _measure(what, of, name, held_out))
 
 
-def _measure(what: str, run: TrainingRun, held_out: HeldOut) -> Any:
-    model = run.trained_model()
+def _tasks(before: Sequence[Untrained], done: Sequence[TrainingRun]) -> list[tuple[str, Untrained | TrainingRun, str]]:
+    """(what, of which model, by the name of STREAMED and ROUNDED)."""
+    first = [run for run in done if run.order == 0]
+    models: list[tuple[Untrained | TrainingRun, str]] = [(x, f"untrained {x.name}") for x in before]
+    models += [(run, run.variant.name) for run in first]
+    later = [run for run in done if run.order > 0]
+    tasks = [("losses", of, name) for of, name in models] + [("losses", run, run.variant.name) for run in later]
+    tasks += [("stream", of, name) for of, name in models if name in STREAMED]
+    return tasks + [("rounded", of, name) for of, name in models if name in ROUNDED]
+
+
+def path_of(what: str, of: Untrained | TrainingRun) -> Path:
+    return of.folder / (f"{what}-{of.name}.json" if isinstance(of, Untrained) else f"{what}.json")
+
+
+def _measure(what: str, of: Untrained | TrainingRun, name: str, held_out: HeldOut) -> Any:
+    own = WHOLE if isinstance(of, Untrained) else of.variant.view
+    model = of.model() if isinstance(of, Untrained) else of.trained_model()
     if what == "losses":
-        return measures.measure(model, held_out.rows_RL, run.variant.view, held_out.window)
+        return measures.measure(model, held_out.rows_RL, own, held_out.window)
     if what == "rounded":
-        return roundings(model, held_out.rows_RL, run.variant.view)
+        return roundings(model, held_out.rows_RL, own)
     views = {"window": View(held_out.window)}
-    if run.variant.name == "causal":
+    if name in ("causal", "untrained causal"):
         views["window+4"] = View(held_out.window, measures.KEPT)
     return measures.stream(model, held_out.long_rows_RL, views, BLOCK)
 
@@ -68,29 +105,6 @@ def roundings(model: Any, rows_RL: Tensor, view: View) -> dict[str, Any]:
         with quantised(model, rounding):
             found[name] = measures.by_row(measures.losses(model, rows_RL, view))["all"]
     return found
-
-
-def of_untrained(model_folder: Path, sinks: Sinks, held_out: HeldOut, length: int, folder: Path, device: torch.device) -> None:
-    """The model as it is with each mass; streaming; the illness itself."""
-    with held(folder) as mine:
-        if not mine:
-            return
-        model = load(model_folder, device)
-        for name in tqdm(list(untrained.masses(sinks)), desc="untrained", unit="mass", dynamic_ncols=True):
-            untrained.switch(model, sinks, name, length)
-            _kept(
-                folder / f"losses-{name}.json", held_out,
-                lambda: measures.measure(model, held_out.rows_RL, WHOLE, held_out.window),
-            )  # fmt: skip
-            views = {"causal": {"window": View(held_out.window), "window+4": View(held_out.window, measures.KEPT)}}
-            views["mass-value"] = {"window": View(held_out.window)}
-            if name in views:
-                _kept(
-                    folder / f"stream-{name}.json", held_out,
-                    lambda views=views[name]: measures.stream(model, held_out.long_rows_RL, views, BLOCK),
-                )  # fmt: skip
-        untrained.switch(model, sinks, "causal", length)
-        _kept(folder / "rounded-causal.json", held_out, lambda: roundings(model, held_out.rows_RL, WHOLE))
 
 
 def _kept(path: Path, held_out: HeldOut, measure: Callable[[], Any]) -> Any:

@@ -130,10 +130,10 @@ def learning_rate(step: int, size: Size) -> float:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Whether this process got hold of a run's folder, which it gives back at the end, or when it dies."""
+def held(folder: Path, name: str = "lock") -> Iterator[bool]:
+    """Whether this process got hold of a file in a folder, which it gives back at the end, or when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
