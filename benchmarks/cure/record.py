@@ -1,9 +1,10 @@
 """The record of benchmarks.cure, for programs and for figures.py.
 
     untrained[mass]     {label, losses, own, whole}, the model as it is
-    variants[key]       {label, kind, steps, orders, losses, own, whole, training, gradients}; key: its name, with the steps
-                        behind it where they are not config["steps"]. losses: {view: {all, late: [per row] per order}};
-                        own, whole: [measures.Looked.result() per order]; training, gradients: [per step] per order
+    variants[key]       {label, kind, steps, orders, losses, own, whole}; key: its name, with the steps behind it where they
+                        are not config["steps"]. losses: {view: {all, late: [per row] per order}}; own, whole:
+                        [measures.Looked.result() per order]
+    training[key]       {label, kind, steps, orders, nats, gradients: [per step] per order}, also of what is not measured yet
     stream[key]         {label, nats: [per block] per row}
     rounded[key]        {label, nats: {rounding: [per row]}}
     sinks               {level, share, gamma: [per head] per layer; value_norm: [per layer]}
@@ -28,27 +29,45 @@ def record_of(runs: Sequence[TrainingRun], base: Path, sinks: Sinks, size: Size,
     """Of what is measured so far."""
     found = [(run, read(run.folder / "losses.json", held_out)) for run in runs]
     known = [(run, losses) for run, losses in found if losses is not None]
-    keys = {key_of(run.variant, run.size.steps, size.steps): (run.variant, run.size.steps) for run, _ in known}
-    keys = dict(sorted(keys.items(), key=lambda item: (item[1][1], ALL.index(item[1][0]))))
+    done = [run for run in runs if run.done]
     corpus = runs[0].corpus
     config = {
         "model": model, "text": corpus.name, "tokens": corpus.fingerprint, "training_documents": len(corpus.training),
         "validation_documents": len(corpus.validation), "training_tokens": sum(map(len, corpus.training)),
         "validation_tokens": sum(map(len, corpus.validation)), **asdict(size), "window": held_out.window,
         "rows": len(held_out.rows_RL), "long_rows": len(held_out.long_rows_RL), "long_length": held_out.long_rows_RL.shape[1] - 1,
-        "trained_at": sorted({run.commit for run, _ in known}),
+        "trained_at": sorted({run.commit for run in done}),
     }  # fmt: skip
     variants = {
         key: _variant(variant, [(run, x) for run, x in known if (run.variant, run.size.steps) == (variant, steps)])
-        for key, (variant, steps) in keys.items()
+        for key, (variant, steps) in _keys([run for run, _ in known], size).items()
+    }
+    training = {
+        key: _training(variant, [run for run in done if (run.variant, run.size.steps) == (variant, steps)])
+        for key, (variant, steps) in _keys(done, size).items()
     }
     return {
         "config": config, "untrained": _untrained(base, held_out), "variants": variants,
-        "stream": _streams(known, base, size, held_out), "rounded": _rounded(known, base, size, held_out),
+        "training": training, "stream": _streams(known, base, size, held_out), "rounded": _rounded(known, base, size, held_out),
         "sinks": {
             "level": sinks.level_LH.tolist(), "share": sinks.share_LH.tolist(), "gamma": sinks.gamma_LH.tolist(),
             "value_norm": sinks.value_LKD.norm(dim=-1).mean(1).tolist(),
         },
+    }  # fmt: skip
+
+
+def _keys(runs: Sequence[TrainingRun], size: Size) -> dict[str, tuple[Variant, int]]:
+    """In the order of ALL, the longer ones last."""
+    found = {(run.variant, run.size.steps) for run in runs}
+    ordered = sorted(found, key=lambda pair: (pair[1], ALL.index(pair[0])))
+    return {key_of(variant, steps, size.steps): (variant, steps) for variant, steps in ordered}
+
+
+def _training(variant: Variant, runs: list[TrainingRun]) -> dict[str, Any]:
+    runs = sorted(runs, key=lambda run: run.order)
+    return {
+        "label": variant.label, "kind": variant.kind, "steps": runs[0].size.steps, "orders": [run.order for run in runs],
+        "nats": [run.training for run in runs], "gradients": [run.norms for run in runs],
     }  # fmt: skip
 
 
@@ -68,7 +87,6 @@ def _variant(variant: Variant, known: list[tuple[TrainingRun, dict[str, Any]]]) 
         "label": variant.label, "kind": variant.kind, "steps": steps, "orders": [run.order for run, _ in known],
         "losses": {view: {part: [x["losses"][view][part] for _, x in known] for part in ("all", "late")} for view in views},
         "own": [x["own"] for _, x in known], "whole": [x["whole"] for _, x in known],
-        "training": [run.training for run, _ in known], "gradients": [run.norms for run, _ in known],
     }  # fmt: skip
 
 

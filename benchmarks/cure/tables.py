@@ -18,6 +18,7 @@ EXPECTED = ("evicted-mass", "mass", ("evicted-headwise", "evicted"), "headwise",
 def tables(record: dict[str, Any]) -> str:
     found = [_illness(record), _untrained(record), _trained(record, "main"), _where(record, "main"), _order(record)]
     found += [_trained(record, "slot0"), _where(record, "slot0"), _long(record), _stream(record), _rounded(record)]
+    found.append(_along_the_way(record))
     return "\n\n".join(part for part in found if part)
 
 
@@ -198,3 +199,26 @@ def _rounded(record: dict[str, Any]) -> str:
         rows.append((x["label"], f"{math.exp(statistics.fmean(plain)):.2f}", *cells))
     text = "Perplexity in float32, and by how many nats each rounding raises the loss of the same rows, own view. Order 0."
     return _table("Rounded to int8", text, ("", "float32 (ppl)", *ROUNDINGS), rows)
+
+
+def _along_the_way(record: dict[str, Any]) -> str:
+    """A row's loss is computed before the step that learns it, and all variants see the same rows: a paired test of its own."""
+    control, rows = record["training"].get("causal"), []
+    for x in record["training"].values():
+        first, last = x["steps"] // 3, x["steps"] - x["steps"] // 3
+        cells = ["", "", ""]
+        if control is not None and x["steps"] == control["steps"]:
+            shared = [order for order in x["orders"] if order in control["orders"]]
+            ours, theirs = ([y["nats"][y["orders"].index(order)] for order in shared] for y in (x, control))
+            parts = (slice(0, 1), slice(0, first), slice(last, None))
+            cells = [_difference([a[part] for a in ours], [b[part] for b in theirs]) for part in parts]
+            cells[0] = cells[0].partition(" ")[0]  # one row has no standard error
+        label = x["label"] if _usual(record, x) else f"{x['label']}, {x['steps']} steps"
+        peak = max(max(norms) for norms in x["gradients"])
+        rows.append((label, len(x["orders"]), *cells, f"{peak:,.0f}"))
+    text = (
+        "Loss of each step's row before it is learned, own view, minus causal's of the same row (standard error over the rows); "
+        "the largest norm of a gradient."
+    )
+    columns = ("", "orders", "first row", "first third of the steps", "last third", "gradient")
+    return _table("Along the way", text, columns, rows)

@@ -119,7 +119,7 @@ def test_the_command_writes_its_tables_and_figures_and_trains_nothing_twice(
     ]
     assert record["variants"]["causal"]["orders"] == [0, 1]
     assert record["variants"]["alone-mass"]["orders"] == [0]
-    assert len(record["variants"]["causal-3"]["training"][0]) == 3
+    assert len(record["training"]["causal-3"]["nats"][0]) == 3
     assert len(record["untrained"]) == 6
     assert record["stream"]["untrained-mass-value"]["nats"][0][0] > 0
     page = next((tmp_path / "out").glob("*.md")).read_text()
