@@ -18,7 +18,7 @@ from benchmarks.cure.views import WHOLE, View, mask_of
 from sm_flex.diagnostics import attention_map
 
 KEPT = 4  # first tokens that StreamingLLM keeps
-LOOKED_AT = 4  # rows of which attention and norms are read
+LOOKED_AT = 8  # rows of which attention and norms are read
 COLUMNS = 33  # first slots of the figure
 LOGITS_AT_ONCE = 256
 
@@ -55,7 +55,7 @@ def _row_losses(model: Any, row_L: Tensor, mask: Tensor | None, looked: "Looked 
 
 
 class Looked:
-    """Where attention goes and how large hidden states are, mean over a few rows of text.
+    """Where attention goes and how large hidden states are, in a few rows of text: the mean of shares, the median of norms.
 
     Rows of the matrix from a quarter on count for shares, from a half on for columns: before, every column is large.
     """
@@ -84,13 +84,15 @@ class Looked:
         pseudo_L = torch.stack([torch.stack(x).mean() for x in self.pseudo])
         columns_S = torch.stack([torch.stack(x).mean(0) for x in self.columns])[self.layers * 2 // 5 :].mean(0)
         others = columns_S[1 : len(columns_S) // 2 - 8]  # keys that every row of the mean sees, but the most recent
-        norms_S = torch.stack(self.norms_LS).amax((0, 1))
-        other = norms_S[1:]
+        norms_RS = torch.stack(self.norms_LS).amax(1)
+        largest, slots = norms_RS[:, 1:].max(1)
+        middle = largest.argsort()[(len(largest) - 1) // 2]
         return {
             "share_by_layer": share_LH.mean(1).tolist(), "share": share_LH.mean().item(),
             "share_late_layers": share_LH[self.layers * 2 // 5 :].mean().item(), "pseudo_by_layer": pseudo_L.tolist(),
             "columns": columns_S[:COLUMNS].tolist(), "largest_column": [1 + int(others.argmax()), others.max().item()],
-            "norm_first": norms_S[0].item(), "norm_other": [1 + int(other.argmax()), other.max().item()],
+            "norm_first": norms_RS[:, 0].median().item(),
+            "norm_other": [1 + int(slots[middle]), largest[middle].item()], "norm_other_by_row": largest.tolist(),
             "norm_median": torch.stack(self.norms_LS).median().item(),
         }  # fmt: skip
 

@@ -128,7 +128,8 @@ def _where(record: dict[str, Any], kind: str) -> str:
             rows.append(_where_row(label, x["own"], x["whole"]))
     text = (
         "Each order by itself. Columns: mean of the rows of the second half and of the heads in the last three fifths of the "
-        "layers, with the slot. Norms: largest of all layers."
+        "layers, with the slot. Norms: largest of all layers, median over the rows that were looked at; a few rows of this text have a "
+        "second sink from the start, on their first tokens."
     )
     columns = (
         "", "share of the first token, own view", "... whole", "largest other column, own view (slot)",
@@ -205,12 +206,12 @@ def _along_the_way(record: dict[str, Any]) -> str:
     """A row's loss is computed before the step that learns it, and all variants see the same rows: a paired test of its own."""
     control, rows = record["training"].get("causal"), []
     for x in record["training"].values():
-        first, last = x["steps"] // 3, x["steps"] - x["steps"] // 3
+        third = max(1, x["steps"] // 3)
         cells = ["", "", ""]
         if control is not None and x["steps"] == control["steps"]:
             shared = [order for order in x["orders"] if order in control["orders"]]
             ours, theirs = ([y["nats"][y["orders"].index(order)] for order in shared] for y in (x, control))
-            parts = (slice(0, 1), slice(0, first), slice(last, None))
+            parts = (slice(0, 1), slice(0, third), slice(-third, None))
             cells = [_difference([a[part] for a in ours], [b[part] for b in theirs]) for part in parts]
             cells[0] = cells[0].partition(" ")[0]  # one row has no standard error
         label = x["label"] if _usual(record, x) else f"{x['label']}, {x['steps']} steps"
