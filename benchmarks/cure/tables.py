@@ -128,8 +128,7 @@ def _where(record: dict[str, Any], kind: str) -> str:
             rows.append(_where_row(label, x["own"], x["whole"]))
     text = (
         "Each order by itself. Columns: mean of the rows of the second half and of the heads in the last three fifths of the "
-        "layers, with the slot. Norms: largest of all layers, median over the rows that were looked at; a few rows of this text have a "
-        "second sink from the start, on their first tokens."
+        "layers, with the slot. Norms: largest of all layers, median over the rows that were looked at."
     )
     columns = (
         "", "share of the first token, own view", "... whole", "largest other column, own view (slot)",
