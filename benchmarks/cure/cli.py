@@ -4,6 +4,7 @@
     python -m benchmarks.cure --text benchmarks/out/anarchism        # published
     python -m benchmarks.cure --variants none --long 0               # what needs no training: half an hour
     python -m benchmarks.cure --finished                             # measures what is trained, and trains nothing
+    python -m benchmarks.cure --known                                # writes what is known by now
 
 The text is fetched as benchmarks.lm's docstring says; the model comes from PyPI (model.py). Every fine-tune is a training run
 with a folder of its own (train.py), and what is measured of it is kept there: whatever stops it, the same command goes on.
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None) -> tuple[report.Parser, argparse.Namespace]:
     parser.number("--long-rows", 8, "held-out rows of 2,048 tokens", least=0)
     parser.add_argument("--run", type=Path, help="folder of the checkpoints (default benchmarks/out/cure)")
     parser.add_argument("--finished", action="store_true", help="train nothing: measure the training runs that are finished")
+    parser.add_argument("--known", action="store_true", help="train and measure nothing: write what is known by now")
     return parser, parser.parse(argv)
 
 
@@ -111,11 +113,12 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
                 TrainingRun(variant, order, replace(size, steps=steps), corpus, model_folder, found, folder / name, device)
             )
             runs[-1].load()  # one that does not fit is refused before any work
-    if not args.finished:
+    if not args.finished and not args.known:
         train_all(runs)
     masses = untrained.masses(found)
     before = [Untrained(name, found, model_folder, size.length, folder / "untrained", device) for name in masses]
-    stages.measure_all(before, runs, held_out)
+    if not args.known:
+        stages.measure_all(before, runs, held_out)
     record = record_of(runs, folder / "untrained", found, size, held_out, NAME if args.model is None else args.model.name)
     summary = {"variants": {key: x["losses"]["window"]["late"] for key, x in record["variants"].items()}}
     title = f"Attention sinks of {record['config']['model']}: seen, replaced, fine-tuned away"
@@ -124,8 +127,12 @@ def main(argv: list[str] | None = None, size: Size | None = None) -> None:
 
 def notes(record: dict, planned: int) -> str:
     config = record["config"]
-    known = sum(len(x["orders"]) for x in record["variants"].values())
-    missing = f" {planned - known} of {planned} planned training runs are not in it." if known < planned else ""
+    counts = {what: sum(len(x["orders"]) for x in record[what].values()) for what in ("training", "variants")}
+    missing = (
+        f" Of {planned} planned training runs {counts['training']} are trained and {counts['variants']} measured."
+        if counts["variants"] < planned
+        else ""
+    )
     shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in config.items()}
     return (
         f"All variants saw the same rows in the same order, and all are measured on the same held-out rows, in float32.{missing} "
