@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sm_flex_transformers import absorb_sinks, learn_sinks, sharding
@@ -136,7 +138,7 @@ def test_what_cannot_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fsdp_trains_and_saves_them_as_one_process_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sharded_sinks.rank_main, (str(tmp_path),), nprocs=2)
+    spawn(sharded_sinks.rank_main, (str(tmp_path),), nprocs=2)
     model, ids = sharded_sinks.model_with_sinks(), tokens(2, 9)
     learn_sinks(model)
     sharded_sinks.train(model.train(), ids)
@@ -147,7 +149,7 @@ def test_fsdp_trains_and_saves_them_as_one_process_does(tmp_path: Path) -> None:
 
 
 def test_after_fsdp_they_would_be_of_each_process_alone_and_are_refused() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="FSDP has sharded this model"):
             learn_sinks(sharded_sinks.sharded(sharded_sinks.model_with_sinks(), 1))

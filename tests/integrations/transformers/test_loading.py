@@ -211,5 +211,6 @@ def test_layers_with_other_numbers_of_heads_each_get_their_own() -> None:
     for layer, heads in ((0, 4), (1, 6)):
         asked = settings.read(config, layer, torch.device("cpu"))
         assert asked is not None
+        assert asked.gamma is not None
         assert torch.equal(asked.gamma, headwise_gamma(heads).double())
         assert asked.length == 9
