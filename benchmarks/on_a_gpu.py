@@ -64,6 +64,7 @@ STEPS = (
     _tests("sdpa", 6),
     _tests("varlen", 6),
     _tests("flash_attn", 6),
+    _tests("sink_value", 6),
     _tests("faults", 6),
     Step("epilogue", (*SPEED, "--only", "epilogue", "--minutes", "3"), 5, out="epilogue"),
     _with_four_warps(

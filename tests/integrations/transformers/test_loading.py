@@ -199,7 +199,7 @@ def test_a_wrong_setting_is_refused_at_the_load(tmp_path: Path) -> None:
     model_of(CONFIGS["llama"]()).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.stablemask = {"gama": 0.5}
-    with pytest.raises(ValueError, match="knows gamma and length, got 'gama'"):
+    with pytest.raises(ValueError, match="knows gamma, length, sink and sink_value, got 'gama'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="stablemask")
 
 

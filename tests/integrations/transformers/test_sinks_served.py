@@ -72,7 +72,8 @@ def test_models_that_have_no_sdpa_are_loaded_under_both_names(tmp_path: Path) ->
         with torch.no_grad(), Float64():
             logits[attention] = loaded(ids).logits
             model.set_attn_implementation(attention)
-            assert torch.equal(model(ids).logits, logits[attention])
+            # Not to the bit: matrix products depend on where in memory the weights begin.
+            torch.testing.assert_close(model(ids).logits, logits[attention], rtol=1e-12, atol=1e-12)
     agree(logits["sm_flex"], logits["eager"])
     assert (logits["stablemask"] - logits["sm_flex"]).abs().max() > 1e-2
 
