@@ -152,8 +152,8 @@ def test_inf_and_nan_spread_as_in_causal_attention(engine: str, name: str, bad: 
     causal, _ = attend(engine, **inputs, gamma=gammas(dtype, *[math.inf] * HEADS))
     out, _ = attend(engine, **inputs, gamma=gammas(dtype))
     finite = torch.isfinite(causal)
-    # PyTorch's CPU kernel drops a NaN score in float32 and below; the mass does not bring it back. Without AVX-512 it does so with
-    # those that an infinite q or k gives in bfloat16 and float16.
+    # PyTorch's CPU kernel drops a NaN score in float32 and below; the mass does not bring it back. Without AVX-512 it
+    # does so with those that an infinite q or k gives in bfloat16 and float16.
     narrow = dtype in (torch.bfloat16, torch.float16) and not torch.cpu._is_avx512_supported()
     drops = engine in ("cpu", "varlen_cpu") and ((name == "q" and math.isnan(bad)) or (name != "v" and narrow))
     assert not finite.all() or drops
