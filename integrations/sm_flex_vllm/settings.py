@@ -72,7 +72,7 @@ class Settings:
                 f"layer {index} has {total} query heads by the config, and vLLM serves {num_heads} on each of {self._ranks} "
                 "tensor parallel ranks: StableMask cannot tell which heads are whose"
             )
-        here = slice(self._rank * num_heads, (self._rank + 1) * num_heads)
+        here = self._own_heads(num_heads)
         gamma, sink = (x if x is None else tuple(x.expand(total)[here].tolist()) for x in (asked.gamma, asked.sink))
         assert gamma is not None
         return Layer(gamma, asked.length, sink)
@@ -100,10 +100,13 @@ class Settings:
                 f'config.stablemask["sink_value"] of layer {index} must have {head_dim} numbers for each of its '
                 f"{total} query heads or {kv_heads} key heads, got {dim} numbers for {heads} heads"
             )
-        here = slice(self._rank * num_heads, (self._rank + 1) * num_heads)
+        here = self._own_heads(num_heads)
         value_HD = asked.sink_value.repeat_interleave(total // heads, 0)[here]
         level_H = asked.sink.expand(total)[here]
         return Sink(*(x.to(device, torch.float32).contiguous() for x in (level_H, value_HD)))
+
+    def _own_heads(self, num_heads: int) -> slice:
+        return slice(self._rank * num_heads, (self._rank + 1) * num_heads)
 
     def _asked(self, index: int) -> tuple[int, Any]:
         """Heads of the whole model, and what config.stablemask asks of a layer; where that is nothing, a gamma of inf."""

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from sm_flex_transformers.absorb.apply import ROWS, absorb_sinks, check_config, check_model
 from sm_flex_transformers.absorb.measure import Sinks
-from sm_flex_transformers.look import calls, cli, texts
+from sm_flex_transformers.look import cli, texts
 from sm_flex_transformers.look.errors import BadInput
-from sm_flex_transformers.look.losses import next_token_losses, runs_in_pieces
+from sm_flex_transformers.look.losses import losses_through, runs_in_pieces
 from sm_flex_transformers.look.measure import Window
 
 PROG = "python -m sm_flex_transformers.absorb"
@@ -51,11 +50,11 @@ def run(args: Any) -> None:
     text = texts.bundled() if args.text is None else texts.read(args.text)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = cli._config(args.model, "absorb")
+    config = cli.config_of(args.model, "absorb")
     check_config(config)
-    tokenizer = cli._tokenizer(args.model)
+    tokenizer = cli.tokenizer_of(args.model)
     measured, held_out = _split(texts.rows_of(tokenizer, text, config.get_text_config(), None, 10**6, args.window).ids)
-    model = _model(args)
+    model = cli.load(args.model, args.dtype, cli.device_of(args.device))
     check_model(model)
 
     in_pieces = runs_in_pieces(model, held_out[0])
@@ -94,14 +93,8 @@ def _views(window: int, keep: int) -> dict[str, Any]:
 
 
 def _loss(model: Any, rows: Tensor, around: Any, in_pieces: bool) -> float:
-    found = []
-    for ids in rows.to(model.get_input_embeddings().weight.device):
-        if around is None:
-            found.append(next_token_losses(model, ids, in_pieces))
-        else:
-            with calls.around_attention(around):
-                found.append(next_token_losses(model, ids, in_pieces))
-    return torch.stack(found).mean().item()
+    rows = rows.to(model.get_input_embeddings().weight.device)
+    return torch.stack([losses_through(around, model, ids, in_pieces) for ids in rows]).mean().item()
 
 
 def table(found: Sinks, before: dict[str, float], after: dict[str, float], measured: int, held_out: Tensor) -> str:
@@ -118,13 +111,3 @@ def table(found: Sinks, before: dict[str, float], after: dict[str, float], measu
     ]
     lines += [f"{name:34}{before[name]:10.4f}{after[name]:10.4f}{after[name] - before[name]:+10.4f}" for name in before]
     return "\n".join(lines)
-
-
-def _model(args: Any) -> Any:
-    """With its own attention; sm_flex needs no mask of S x S for it."""
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sm_flex")
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise BadInput(f"MODEL {args.model} cannot be loaded: {error}") from error
-    return model.to(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()

@@ -115,13 +115,7 @@ def _attention_layers(model: Any) -> dict[int, nn.Module]:
         found.setdefault(module.layer_idx, module)
         return attention(module, *args, **kwargs)
 
-    training = model.training
-    model.eval()
-    try:
-        with calls.around_attention(note):
-            model(
-                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), use_cache=False
-            )
-    finally:
-        model.train(training)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with calls.evaluating(model), calls.around_attention(note):
+        model(input_ids=ids, use_cache=False)
     return found

@@ -35,15 +35,10 @@ def measure(model: Any, texts: list[Tensor], rows: tuple[int, int]) -> Sinks:
         NotImplementedError: a layer that is not causal, or has what is not known here; it is named.
     """
     found = _Taken(rows)
-    training = model.training
-    model.eval()
-    try:
-        with calls.around_attention(found):
-            for ids in texts:
-                inputs = ids[None].to(model.get_input_embeddings().weight.device)
-                model(input_ids=inputs, use_cache=False, **_last_row_only(model))
-    finally:
-        model.train(training)
+    with calls.evaluating(model), calls.around_attention(found):
+        for ids in texts:
+            inputs = ids[None].to(model.get_input_embeddings().weight.device)
+            model(input_ids=inputs, use_cache=False, **_last_row_only(model))
     return found.sinks(model)
 
 

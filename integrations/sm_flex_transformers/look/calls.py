@@ -35,6 +35,17 @@ class LayerCall(NamedTuple):
 
 
 @contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def around_attention(around: Callable[..., tuple[Tensor, Any]]) -> Iterator[None]:
     """Within it every attention layer calls around(attention, module, query, key, value, attention_mask, **kwargs).
 

@@ -60,13 +60,13 @@ def run(args: Any) -> None:
     out = out if args.out is None else args.out
     check_is_free(out)
     text = None if args.text is None else texts.read(args.text)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(args.device)
     logging.set_verbosity_error()
-    config, tokenizer = _config(args.model), _tokenizer(args.model)
+    config, tokenizer = config_of(args.model), tokenizer_of(args.model)
     rows = texts.rows_of(
         tokenizer, texts.bundled() if text is None else text, config.get_text_config(), args.length, args.rows, args.window
     )
-    model = _model(args.model, args.dtype, device)
+    model = load(args.model, args.dtype, device)
     looked = _with_a_bar(model, tokenizer, text, rows, args)
 
     from sm_flex_transformers.look import page, pictures, report, table  # matplotlib is there
@@ -102,7 +102,7 @@ def _with_a_bar(model: Any, tokenizer: Any, text: str | None, rows: texts.Rows, 
         return look(model, tokenizer, text, length=length, rows=args.rows, window=args.window, keep=args.keep, progress=progress)
 
 
-def _config(name: str, who: str = "look") -> Any:
+def config_of(name: str, who: str = "look") -> Any:
     is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not (Path(name) / "config.json").is_file():
         raise BadInput(f"MODEL {name} is no folder with a config.json: give the folder that save_pretrained wrote")
@@ -118,7 +118,7 @@ def _config(name: str, who: str = "look") -> Any:
     return config
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # Transformers raises what the tokenizer's own code meets
@@ -127,10 +127,18 @@ def _tokenizer(name: str) -> Any:
         ) from error
 
 
-def _model(name: str, dtype: str, device: torch.device) -> Any:
-    """With its own attention, or StableMask where its config asks for it; sm_flex needs no mask of S x S for either."""
+def device_of(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load(name: str, dtype: str, device: torch.device) -> Any:
+    """With its own attention, or StableMask where its config asks for it; sm_flex needs no mask of S x S for either.
+
+    dtype: of torch, or "auto", as it was saved.
+    """
+    of_torch = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="sm_flex")
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=of_torch, attn_implementation="sm_flex")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise BadInput(f"MODEL {name} cannot be loaded: {error}") from error
     return model.to(device).eval()

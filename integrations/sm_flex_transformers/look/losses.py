@@ -4,11 +4,14 @@ Dimension letters: S tokens that are read.
 """
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sm_flex_transformers.look import calls
 
 ROWS = 256  # of logits at a time
 
@@ -37,6 +40,12 @@ def next_token_losses(model: Any, ids: Tensor, in_pieces: bool) -> Tensor:
         if own is not None:
             body.forward = own
     return torch.cat(found)
+
+
+def losses_through(around: Any, model: Any, ids: Tensor, in_pieces: bool) -> Tensor:
+    """next_token_losses() with around in the place of each layer's attention (calls.around_attention), or, None, as it is."""
+    with nullcontext() if around is None else calls.around_attention(around):
+        return next_token_losses(model, ids, in_pieces)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sm_flex_transformers.look import calls, texts
 from sm_flex_transformers.look.errors import BadInput
-from sm_flex_transformers.look.losses import next_token_losses, runs_in_pieces
+from sm_flex_transformers.look.losses import losses_through, runs_in_pieces
 from sm_flex_transformers.look.measure import Looked, Measure, Norms, Window, cells_for
 
 ALL, WINDOW, KEPT = "all keys", "window", "window, first kept"
@@ -51,12 +51,8 @@ def look(
     if getattr(model.config, "is_encoder_decoder", False):
         raise NotImplementedError(f"{type(model).__name__} is an encoder-decoder: look takes decoder-only causal models")
     found = texts.rows_of(tokenizer, texts.bundled() if text is None else text, config, length, rows, window)
-    training = model.training
-    model.eval()
-    try:
+    with calls.evaluating(model):
         return _look(model, config, found, window, keep, progress or (lambda done, total: None))
-    finally:
-        model.train(training)
 
 
 def _look(model: Any, config: Any, rows: texts.Rows, window: int, keep: int, progress: Callable[[int, int], None]) -> Looked:
@@ -81,20 +77,15 @@ def _look(model: Any, config: Any, rows: texts.Rows, window: int, keep: int, pro
     for ids, kinds in zip(rows.ids.to(device), rows.kinds, strict=True):
         measure.begin(kinds)
         with norms.of_one_text():
-            losses[ALL].append(_losses(model, ids, measure, in_pieces))
+            losses[ALL].append(losses_through(measure, model, ids, in_pieces))
         if not measure.layers:
             raise BadInput(
                 f"{type(model).__name__} ran without calling an attention of Transformers' interface: look has nothing to read"
             )
         per_row = len(measure.layers)
         for name in (WINDOW, KEPT):
-            losses[name].append(_losses(model, ids, functions[name], in_pieces))
+            losses[name].append(losses_through(functions[name], model, ids, in_pieces))
     return Looked(
         measure.layers, norms.result(), measure.positions, measure.far,
         {name: torch.stack(found).cpu() for name, found in losses.items()}, rows, window, keep,
     )  # fmt: skip
-
-
-def _losses(model: Any, ids: Tensor, attention: Any, in_pieces: bool) -> Tensor:
-    with calls.around_attention(attention):
-        return next_token_losses(model, ids, in_pieces)
