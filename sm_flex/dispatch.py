@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from sm_flex import plans
 from sm_flex.engines import (
     Call,
     MaskedKernel,
@@ -29,6 +30,7 @@ from sm_flex.runtime import no_autocast, score_dtype, score_scale
 from sm_flex.score_mod import StableMask
 from sm_flex.visibility.rows import document_rows, visible_rows
 
+CPU = torch.device("cpu")
 MASKED_KERNELS: dict[str, MaskedKernel] = {"flash": flash, "cudnn": cudnn, "efficient": efficient, "cpu": cpu}
 
 
@@ -45,8 +47,12 @@ def attend(
     kernel_options: dict[str, Any] | None = None,
     max_scores: bool = False,
     return_lse: bool = False,
+    kind: plans.Kind | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out' (B, H, S, Dv), and lse' and the row maxima, (B, H, S), where wanted. attn_mask has four dimensions."""
+    """out' (B, H, S, Dv), and lse' and the row maxima, (B, H, S), where wanted. attn_mask has four dimensions.
+
+    kind: of the call, for which a plan is kept if it can have one.
+    """
     scale = score_scale(scale, q.shape[-1])
     flex_options = dict(kernel_options or {})
     backend = flex_options.pop("BACKEND", "AUTO")
@@ -65,7 +71,8 @@ def attend(
     options: Any
     with no_autocast(q.device):
         engine = choose.choose(need)
-        mass = mask.mass(q.device, q.shape[2], k.shape[2], score_dtype(q), heads=q.shape[1])
+        in_order = {"heads": q.shape[1], "heads_last": engine == "cpu"}
+        mass = mask.mass(q.device, q.shape[2], k.shape[2], score_dtype(q), **in_order)
         if engine == "flex":
             if backend in choose.FLEX_BACKENDS:
                 flex_options["BACKEND"] = backend
@@ -83,8 +90,19 @@ def attend(
             return *cpu_chunks.attend(q, k, v, mass, attn_mask, scale, rows, return_lse=return_lse), None
         bias, causal = MASKED_KERNELS[engine].causality(attn_mask, q, k)
         may_be_masked = causal and q.shape[2] > k.shape[2]
+        one_dim = q.shape[-1] == v.shape[-1]
+        if kind is not None and engine == "cpu" and bias is None and not (may_be_masked or dropout_p) and scale > 0 and one_dim:
+            plans.keep(kind, plans.Plan(causal, scale, score_dtype(q), *q.shape[1:3], k.shape[2]))
         call = Call(q, k, v, bias, None, None, causal, scale, dropout_p, may_be_masked)
         return *autograd.attend(engine, call, mass, return_lse=return_lse), None
+
+
+def attend_planned(
+    q: Tensor, k: Tensor, v: Tensor, mask: StableMask, plan: plans.Plan, *, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """attend() of a call whose kind has a plan."""
+    mass = mask.mass(CPU, plan.num_queries, plan.num_keys, plan.dtype, heads=plan.heads, heads_last=True, planned=True)
+    return autograd.attend_planned(q, k, v, mass, plan.causal, plan.scale, return_lse)
 
 
 def attend_packed(

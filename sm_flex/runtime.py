@@ -5,8 +5,10 @@ A new release of torch may move a private name, so all of them stand in this fil
 
     torch._C._are_functorch_transforms_active()                  is a torch.func transform open?
     torch._C._functorch.is_functorch_wrapped_tensor(x)           does one of them hold x?
+    torch._C._is_tracing()                                       is torch.jit.trace recording?
+    torch._C._len_torch_dispatch_stack()                         how many dispatch modes watch the operations
+    torch._C._get_flash_sdp_enabled()                            does sdpa_kernel() allow FLASH_ATTENTION?
     torch.autograd.forward_ad._current_level                     -1 where forward-mode differentiation is not open
-    torch.utils._python_dispatch._get_current_dispatch_mode()    None where nobody watches the operations
     torch._fused_sdp_choice(...)                                 the SDPBackend that scaled_dot_product_attention would take
     torch.nn.attention.flex_attention._vmap_for_bhqkv            a score_mod over ranges of its indices
     torch.ops.aten._scaled_dot_product_*                         the kernels of scaled_dot_product_attention
@@ -23,7 +25,6 @@ import torch.nn.attention.varlen
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BEFORE_2_13, BEFORE_2_14 = torch.__version__ < "2.13", torch.__version__ < "2.14"
 # A CPU build of torch comes without Triton, and ROCm has never been tried.
@@ -33,6 +34,8 @@ HAS_TRITON = torch.version.cuda is not None and find_spec("triton") is not None
 KERNEL_DEVICE = "cuda"
 
 vmap_bhqkv = _vmap_for_bhqkv
+flash_sdp_enabled = torch._C._get_flash_sdp_enabled
+transforms_active = torch._C._are_functorch_transforms_active
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention
 flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_backward
 cudnn_op = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -40,6 +43,7 @@ cudnn_backward_op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 efficient_op = torch.ops.aten._scaled_dot_product_efficient_attention
 efficient_backward_op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 cpu_flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_function = torch._scaled_dot_product_flash_attention_for_cpu  # cpu_flash_op for eager code, sooner called
 cpu_flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 varlen_op = torch.ops.torch_attn._varlen_attn
 varlen_backward_op = torch.ops.torch_attn._varlen_attn_backward
@@ -64,27 +68,31 @@ def readable(x: Tensor) -> bool:
 
 def watched() -> bool:
     """Whether a dispatch mode sees each operation: fake tensors, a selective checkpoint, a counter."""
-    return _get_current_dispatch_mode() is not None
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def plain_eager() -> bool:
     """Whether nothing looks on: no compiler, no trace, no forward-mode differentiation, no dispatch mode."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._is_tracing()
         or forward_ad._current_level >= 0
-        or watched()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 def differentiable(*inputs: Tensor | None) -> bool:
     """Whether autograd records what is done with the inputs."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def check_no_transform() -> None:
     """Raise inside a torch.func transform, which cannot see through the autograd Functions here."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and transforms_active():
         raise NotImplementedError(
             "StableMask attention cannot run inside a torch.func transform (vmap, grad, vjp, jvp, ...): use torch.autograd, "
             "and the batch dimension instead of vmap"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink, check_sink_value
 from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
-from sm_flex.mass.table import Mass, cached_table
+from sm_flex.mass.cache import cached_table, find_table
+from sm_flex.mass.table import Mass
 from sm_flex.runtime import HAS_TRITON, device_type, differentiable, plain_eager, readable, watched
 
 
@@ -70,6 +72,8 @@ class StableMask:
         dtype: torch.dtype,
         cu_seqlens: Tensor | None = None,
         heads: int | None = None,
+        heads_last: bool = False,
+        planned: bool = False,
     ) -> Mass:
         """log M of a call with S queries, T keys and scores of dtype. N is T where no length was given.
 
@@ -81,20 +85,25 @@ class StableMask:
             positions.
         heads: H of the call, to each of which the sink's value goes. None, where only the mass is asked for:
             without that value.
+        heads_last: a table has all H heads, and the memory order of the CPU kernel's lse (mass/cache.py).
+        planned: the call has a plan (plans.py).
         """
-        gamma = self._on(device, "gamma", self.gamma)
+        gamma = self.gamma if planned else self._on(device, "gamma", self.gamma)
+        table_of = find_table if planned else cached_table
         length = num_keys if self.length is None else self.length
         cu_seqlens = cu_seqlens if self.positions is None else None
+        columns = heads if heads_last and heads is not None else 0
         if self.sink is None:
-            if HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32 and not differentiable(gamma):
-                return Mass(None, gamma, self.positions, cu_seqlens, length)
-            return Mass(cached_table(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype))
-        sink = self._on(device, "sink", self.sink)
+            if not planned and HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32:
+                if not differentiable(gamma):
+                    return Mass(None, gamma, self.positions, cu_seqlens, length)
+            return Mass(table_of(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype, columns))
+        sink = self.sink if planned else self._on(device, "sink", self.sink)
         if plain_eager() and self._has_no_gamma():  # the sink is all the mass there is
             rows = _by_rows(sink, dtype)
             table = rows.expand(*rows.shape[:-1], num_queries)
         else:
-            table = cached_table(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype)
+            table = table_of(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype, columns)
         if self.sink_value is None or heads is None:
             return Mass(table)
         value, groups = self.sink_value.to(dtype), heads // self.sink_value.shape[0]
@@ -105,6 +114,15 @@ class StableMask:
         """gamma is the number inf. Asked of a number alone: to read a tensor of the user's may wait for a device."""
         gamma = self.gamma
         return gamma.dim() == 0 and not gamma.requires_grad and readable(gamma) and math.isinf(gamma.item())
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...] | None:
+        """What the checks of a call look at in a mask of plain tensors on the CPU (plans.py); None for any other mask."""
+        tensors = [self.gamma, self.positions, self.sink, self.sink_value]
+        plain = [x is None or (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)) for x in tensors]
+        if self.score_mod is not None or not self.ordered or not all(plain):
+            return None
+        return (self.length, *[None if x is None else x.shape for x in tensors])
 
     def largest_pseudo_score(self, device: torch.device, num_queries: int, num_keys: int) -> Tensor:
         """The largest pseudo score of each row, for a mask without a sink: float32, broadcastable to (B, H, S)."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sm_flex.checks.mask import check_position_values
 from sm_flex.checks.tensors import broadcasts
 from sm_flex.score_mod import StableMask
 
@@ -49,7 +48,6 @@ def check_mask_fits(
         )
     if mask.positions is not None:
         check_positions_fit(mask.positions, batch, num_queries, device)
-        check_position_values(mask.positions)
     elif num_queries != num_keys:
         raise ValueError(
             f"positions are required where query and key lengths differ, got S={num_queries} and T={num_keys}: "

@@ -6,9 +6,10 @@ import torch.nn.attention.flex_attention as torch_flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, FlexKernelOptions
 
+from sm_flex import plans
 from sm_flex.checks.fits import check_mask_fits
 from sm_flex.checks.tensors import check_aux, check_block_mask, check_kernel_options, check_qkv, check_scale
-from sm_flex.dispatch import attend
+from sm_flex.dispatch import attend, attend_planned
 from sm_flex.runtime import autocast
 from sm_flex.score_mod import ScoreMod, StableMask
 
@@ -86,6 +87,13 @@ def flex_attention(
     if not isinstance(score_mod, StableMask):
         arguments: Any = (score_mod, block_mask, scale, enable_gqa, return_lse, kernel_options)
         return torch_flex.flex_attention(query, key, value, *arguments, return_aux=return_aux)  # pyright: ignore
+    kind = None
+    if block_mask is None and kernel_options is None and type(enable_gqa) is bool and type(return_lse) is bool:
+        kind = plans.kind_of(query, key, value, score_mod, scale, "flex", enable_gqa)
+        plan = plans.find(kind)
+        if plan is not None and return_aux is None:
+            out, lse = attend_planned(query, key, value, score_mod, plan, return_lse=return_lse)
+            return (out, lse) if lse is not None else out
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value, enable_gqa, "BHSD")
     if return_lse and return_aux is not None:
@@ -101,6 +109,7 @@ def flex_attention(
         raise NotImplementedError("max_scores is not known of a StableMask with a sink, which may be many scores: leave it out")
     wanted: Any = {"max_scores": max_scores, "return_lse": return_lse or (return_aux is not None and return_aux.lse)}
     options: Any = {"scale": scale, "block_mask": block_mask, "kernel_options": kernel_options}
+    options["kind"] = None if max_scores else kind
     out, lse, row_max = attend(query, key, value, score_mod, **options, **wanted)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None, max_scores=row_max)

@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from sm_flex import plans
 from sm_flex.checks.fits import check_is_stablemask, check_mask_fits
 from sm_flex.checks.tensors import check_attn_mask, check_dropout, check_qkv, check_scale
-from sm_flex.dispatch import attend
+from sm_flex.dispatch import attend, attend_planned
 from sm_flex.runtime import autocast
 from sm_flex.score_mod import StableMask
 
@@ -53,6 +54,12 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     check_is_stablemask(score_mod, "scaled_dot_product_attention")
+    kind = None
+    if attn_mask is None and type(is_causal) is bool and type(enable_gqa) is bool and type(dropout_p) is float and not dropout_p:
+        kind = plans.kind_of(query, key, value, score_mod, scale, "sdpa", is_causal, enable_gqa)
+        plan = plans.find(kind)
+        if plan is not None:
+            return attend_planned(query, key, value, score_mod, plan)[0]
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     check_dropout(dropout_p)
     check_qkv(query, key, value, enable_gqa, "BHSD")
@@ -74,4 +81,4 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     check_scale(scale)
     check_mask_fits(score_mod, query.shape[:3], num_keys, query.device, values=value.shape[1::2])
-    return attend(query, key, value, score_mod, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p)[0]
+    return attend(query, key, value, score_mod, scale=scale, attn_mask=attn_mask, dropout_p=dropout_p, kind=kind)[0]

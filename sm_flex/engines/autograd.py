@@ -14,14 +14,15 @@ torch.compile makes every gradient that enters an autograd Function contiguous. 
 returns (B, S, H, D), and attend() transposes it: a contiguous gradient is one that nobody has to copy.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sm_flex.engines import Call, Kernel, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
-from sm_flex.epilogue.remask import epilogue, log_mass_grad, sink_value_grads
+from sm_flex.epilogue.remask import epilogue, epilogue_in_place, log_mass_grad, sink_value_grads
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import differentiable, plain_eager
 from sm_flex.visibility.bias import fully_masked_rows
@@ -39,9 +40,7 @@ WIDENING = 8
 PARTS = 3
 # What the Function takes, one after the other, and where those stand that have a gradient.
 ARGUMENTS = ("engine", "return_lse", *Call._fields, *Mass._fields)
-Q, K, V, BIAS, LOG_MASS, SINK, SINK_VALUE = [
-    ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS", "sink_HS", "sink_value_HD")
-]
+INPUTS = [ARGUMENTS.index(name) for name in ("q", "k", "v", "bias", "log_mass_HS", "sink_HS", "sink_value_HD")]
 
 
 def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -49,11 +48,11 @@ def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Te
 
     Differentiable in q, k, v, bias and log M, and in a sink and its value.
     """
-    q, k, v, bias = call.q, call.k, call.v, call.bias
-    if plain_eager() and not differentiable(q, k, v, bias, mass.log_mass_HS, mass.sink_value_HD):
+    if plain_eager() and not differentiable(call.q, call.k, call.v, call.bias, mass.log_mass_HS, mass.sink_value_HD):
         # In a decode step the Function alone would cost more than the attention.
         out, lse, _ = forward(engine, call, mass, return_lse)
         return out, lse if return_lse else None
+    q, k, v = call.q, call.k, call.v
     # Dynamo wants the tensors of an autograd Function to be distinct. cu_k and mass.cu_seqlens may be cu_q
     # again.
     k = k.view_as(k) if k is q else k
@@ -66,6 +65,18 @@ def attend(engine: str, call: Call, mass: Mass, *, return_lse: bool) -> tuple[Te
     result = _Attend.apply(engine, with_lse, *call, *mass)
     out_BSHD, lse = result if with_lse else (result, None)
     return out_BSHD.transpose(1, 2), lse if return_lse else None
+
+
+def attend_planned(
+    q: Tensor, k: Tensor, v: Tensor, mass: Mass, causal: bool, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """attend() of a call that has a plan, by a Mass that is a table."""
+    log_mass, sink, value = mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD
+    if differentiable(q, k, v, log_mass, value):
+        out, lse = _Planned.apply(causal, scale, q, k, v, log_mass, *(() if value is None else (sink, value)))
+        return out, lse if return_lse else None
+    out, lse = cpu.attention(q, k, v, causal, scale)
+    return epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=return_lse)
 
 
 def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
@@ -106,24 +117,77 @@ class _Attend(torch.autograd.Function):
             return tuple(grads)
         q, k, v, bias, cu_q, cu_k, log_mass, sink, sink_value, out_BSHD, lse, *state = ctx.saved_tensors
         call = _with_cu_k(ctx.call._replace(q=q, k=k, v=v, bias=bias, cu_q=cu_q, cu_k=cu_k))
-        if grad_out is None:
-            grad_out = torch.zeros_like(out_BSHD)
-        grad_out, out = grad_out.transpose(1, 2), out_BSHD.transpose(1, 2)
-        if ctx.needs_input_grad[LOG_MASS]:
-            grads[LOG_MASS] = log_mass_grad(grad_out, out, lse, log_mass, grad_lse)
-        if ctx.needs_input_grad[SINK] or ctx.needs_input_grad[SINK_VALUE]:
-            grads[SINK], grads[SINK_VALUE] = sink_value_grads(grad_out, lse, sink, sink_value)
-        if bias is not None or call.may_be_masked:
-            # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.
-            lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
-        if grad_lse is not None:
-            call, grad_out, out = widened(call, grad_out, out, grad_lse)
-        needs_bias_grad = ctx.needs_input_grad[BIAS]
-        dq, dk, dv, grads[BIAS] = KERNELS[ctx.engine].backward(call, grad_out, out, lse, tuple(state), needs_bias_grad)
-        if grad_lse is not None:
-            dq, dk, dv = dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
-        grads[Q], grads[K], grads[V] = dq, dk, dv
+        grad_out = None if grad_out is None else grad_out.transpose(1, 2)
+        found = Found(out_BSHD.transpose(1, 2), lse, tuple(state))
+        mass, needs = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value), [ctx.needs_input_grad[i] for i in INPUTS]
+        for i, grad in zip(INPUTS, gradients(ctx.engine, call, mass, found, grad_out, grad_lse, needs), strict=True):
+            grads[i] = grad
         return tuple(grads)
+
+
+class _Planned(torch.autograd.Function):
+    """_Attend for a call that has a plan (plans.py), with what such a call needs alone: it takes a third of the time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, *sink: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = cpu.attention(q, k, v, causal, scale)
+        mass = Mass(log_mass) if not sink else Mass(log_mass, sink_HS=sink[0], sink_value_HD=sink[1])
+        out, lse = epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=True)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, log_mass, *sink, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_out, grad_lse = grad_outputs
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, v, log_mass, *sink, out, lse = ctx.saved_tensors
+        mass = Mass(log_mass) if not sink else Mass(log_mass, sink_HS=sink[0], sink_value_HD=sink[1])
+        _, _, needs_q, needs_k, needs_v, needs_mass, *needs_sink = ctx.needs_input_grad
+        needs = [needs_q, needs_k, needs_v, False, needs_mass, *(needs_sink or (False, False))]
+        call = Call(q, k, v, None, None, None, ctx.causal, ctx.scale)
+        dq, dk, dv, _, *of_mass = gradients("cpu", call, mass, Found(out, lse, ()), grad_out, grad_lse, needs)
+        return None, None, dq, dk, dv, *of_mass[: 1 + len(sink)]
+
+
+class Found(NamedTuple):
+    """What the forward pass found: StableMask's own out' and lse', and what the engine wants kept."""
+
+    out: Tensor
+    lse: Tensor
+    state: State
+
+
+def gradients(
+    engine: str, call: Call, mass: Mass, found: Found, grad_out: Tensor | None, grad_lse: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of q, k, v, bias, log M, a sink and its value, in this order, which is that of needs too. One of the two grads is given."""
+    out, lse, state = found
+    grads: list[Tensor | None] = [None] * len(INPUTS)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *_, needs_bias, needs_mass, needs_sink, needs_value = needs
+    if needs_mass:
+        assert mass.log_mass_HS is not None
+        grads[4] = log_mass_grad(grad_out, out, lse, mass.log_mass_HS, grad_lse)
+    if needs_sink or needs_value:
+        assert mass.sink_HS is not None and mass.sink_value_HD is not None
+        grads[5], grads[6] = sink_value_grads(grad_out, lse, mass.sink_HS, mass.sink_value_HD)
+    if call.bias is not None or call.may_be_masked:
+        # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.
+        lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
+    q, v = call.q, call.v
+    if grad_lse is not None:
+        call, grad_out, out = widened(call, grad_out, out, grad_lse)
+    dq, dk, dv, grads[3] = KERNELS[engine].backward(call, grad_out, out, lse, state, needs_bias)
+    if grad_lse is not None:
+        dq, dk, dv = dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
+    grads[:3] = dq, dk, dv
+    return grads
 
 
 def _with_cu_k(call: Call) -> Call:

@@ -17,7 +17,7 @@ from sm_flex.engines import (
     refuses_extras,
     rows_contiguous,
 )
-from sm_flex.runtime import BEFORE_2_13, cpu_flash_backward_op, cpu_flash_op
+from sm_flex.runtime import BEFORE_2_13, cpu_flash_backward_op, cpu_flash_function, cpu_flash_op
 from sm_flex.visibility.bias import flag_or_bias, mask_bias
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,6 +56,13 @@ def causality(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | 
     if attn_mask is not None and num_queries == num_keys:
         return mask_bias(attn_mask, num_queries, num_keys, q.dtype), num_queries > 1
     return flag_or_bias(attn_mask, q, k)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call of one head dim, without a bias, whose scale is positive."""
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = [rows_contiguous(x) for x in (q, k, v)]
+    return cpu_flash_function(q, k, v, 0.0, causal, scale=scale)
 
 
 def forward(call: Call) -> Forward:

@@ -13,22 +13,18 @@ Shapes: lse is (B, H, S), log M and the sink broadcastable to it, v (H, D).
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 
 def real_share_and_lse(
     lse: Tensor, log_mass: Tensor, *, may_be_masked: bool = True, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """s and lse'. may_be_masked=False, where no row is fully masked, takes less than half the time."""
+    """s and lse'. may_be_masked=False, where no row is fully masked, takes half the time."""
     if may_be_masked:
         masked = torch.isneginf(lse)
         share = torch.sigmoid(lse.masked_fill(masked, 0.0) - log_mass).masked_fill(masked, 0.0)
         return share, torch.logaddexp(lse, log_mass) if return_lse else None
-    gap = lse - log_mass
-    if not return_lse:
-        return torch.sigmoid(gap), None
-    # logaddexp is slow in the memory layout of the CPU op's lse.
-    return torch.sigmoid(gap), torch.maximum(lse, log_mass) - logsigmoid(gap.abs())
+    share = torch.sigmoid(lse - log_mass)
+    return share, torch.logaddexp(lse, log_mass) if return_lse else None
 
 
 def times_share(out: Tensor, share: Tensor, lse: Tensor, *, may_be_masked: bool = True) -> Tensor:

@@ -176,26 +176,45 @@ def epilogue(
         and lse.dtype == torch.float32
     ):
         return kernel.launch(out, lse, mass, in_place=in_place)
-    log_mass = mass.table(out.shape[-2], lse.dtype)
-    return_lse = return_lse or mass.sink_value_HD is not None
-    share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse)
-    sink_share = None
-    if mass.sink_HS is not None and mass.sink_value_HD is not None:
-        assert new_lse is not None
-        sink_share = exp_difference(mass.sink_HS, new_lse)
-        if not in_place or compiling or out.dtype != share.dtype:
-            value = (sink_share, mass.sink_value_HD)
-            return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
-    # Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes
-    # longer (to S = 4k).
-    if not in_place or compiling:
+    mass = mass.tabled(out.shape[-2], lse.dtype)
+    if in_place and not compiling:
+        return epilogue_in_place(out, lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    if sink_share is None:
         return times_share(out, share, lse, may_be_masked=may_be_masked), new_lse
+    value = (sink_share, mass.sink_value_HD)
+    return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
+
+
+def epilogue_in_place(
+    out: Tensor, lse: Tensor, mass: Mass, *, may_be_masked: bool, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """epilogue() by a Mass that is a table, with out' written over out where no value has to be added in a wider dtype.
+
+    Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes longer (to
+    S = 4k).
+    """
+    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    if sink_share is not None and out.dtype != share.dtype:
+        value = (sink_share, mass.sink_value_HD)
+        return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
     out.mul_((share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1))
     if may_be_masked:
         out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
     if sink_share is not None and mass.sink_value_HD is not None:
         out.addcmul_(sink_share.unsqueeze(-1), mass.sink_value_HD.unsqueeze(-2))
     return out, new_lse
+
+
+def _shares(lse: Tensor, mass: Mass, *, may_be_masked: bool, return_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """s, lse' where it is needed, and p_sink where the sink carries a value."""
+    log_mass, sink = mass.log_mass_HS, mass.sink_HS
+    assert log_mass is not None, "a Mass that is a table"
+    with_value = sink is not None and mass.sink_value_HD is not None
+    share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse or with_value)
+    if sink is None or not with_value or new_lse is None:
+        return share, new_lse, None
+    return share, new_lse, exp_difference(sink, new_lse)
 
 
 def log_mass_grad(grad_out: Tensor, out: Tensor, lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:
