@@ -179,6 +179,8 @@ def epilogue(
     mass = mass.tabled(out.shape[-2], lse.dtype)
     if in_place and not compiling:
         return epilogue_in_place(out, lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    if compiling and not torch.compiler.is_exporting() and out.device.type == "cpu":
+        return torch.ops.sm_flex.epilogue_cpu(out, lse, mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD, may_be_masked)
     share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
     if sink_share is None:
         return times_share(out, share, lse, may_be_masked=may_be_masked), new_lse
@@ -204,6 +206,40 @@ def epilogue_in_place(
     if sink_share is not None and mass.sink_value_HD is not None:
         out.addcmul_(sink_share.unsqueeze(-1), mass.sink_value_HD.unsqueeze(-2))
     return out, new_lse
+
+
+@torch.library.custom_op(
+    "sm_flex::epilogue_cpu",
+    mutates_args={},
+    device_types="cpu",
+    schema="(Tensor out, Tensor lse, Tensor log_mass, Tensor? sink, Tensor? sink_value, bool may_be_masked) -> (Tensor, Tensor)",
+)
+def _epilogue_op(
+    out: Tensor, lse: Tensor, log_mass: Tensor, sink: Tensor | None, sink_value: Tensor | None, may_be_masked: bool
+) -> tuple[Tensor, Tensor]:
+    """epilogue() in compiled code, for which Inductor would build C++: a program's first kernel takes it some ten seconds."""
+    mass = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value)
+    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=True)
+    assert new_lse is not None
+    if sink_share is None:
+        new_out = torch.mul(out, share.unsqueeze(-1).to(out.dtype), out=torch.empty_like(out))
+        if may_be_masked:
+            new_out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    else:
+        value = (sink_share, mass.sink_value_HD)
+        new_out = times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked)
+    # Compiled code counts on the layouts of the fake tensors.
+    return _laid_out_as(new_out, out), _laid_out_as(new_lse, lse)
+
+
+@_epilogue_op.register_fake
+def _(out: Tensor, lse: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out), torch.empty_like(lse)
+
+
+def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    empty = torch.empty_like(like)
+    return x if x.stride() == empty.stride() else empty.copy_(x)
 
 
 def _shares(lse: Tensor, mass: Mass, *, may_be_masked: bool, return_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
