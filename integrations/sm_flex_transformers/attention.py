@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sm_flex import scaled_dot_product_attention
+from sm_flex import StableMask, scaled_dot_product_attention
 from sm_flex.score_mod import ScoreMod
-from sm_flex_transformers import batching, forwards, keywords, layer_masks, layer_rows, packed_rows, settings, windows
+from sm_flex_transformers import alike, batching, forwards, keywords, layer_masks, layer_rows, packed_rows, settings, windows
 from sm_flex_transformers.interface import name_of
 
 PLAIN = settings.Settings(None, 1)  # no gamma and no sink
@@ -51,19 +51,23 @@ def stablemask_attention(
             sinks of another shape, missing or multi-axis position_ids, a keyword that is not known.
     """
     forwards.note_call()
+    given = {**kwargs, "dropout": dropout, "is_causal": is_causal, "softcap": softcap}
+    known = alike.recall(module, query, key, attention_mask, position_ids, given)
+    if known is not None:
+        return _attend(query, key, value, known, scaling), None
     _check(module, is_causal, kwargs)
     asked = layer_masks.asked(module, query, key, value, kwargs)
     placed = asked is not None and asked.gamma is not None
     if placed and position_ids is not None and position_ids.dim() != 2:
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}: stablemask needs one axis")
     if batching.is_batched(kwargs):
-        given = {**kwargs, "softcap": softcap}
         make = functools.partial(layer_masks.packed, asked or PLAIN, position_ids, query, key.shape[2])
-        return batching.attend(module, query, key, value, make, attention_mask, scaling, given), None
+        return batching.attend(module, query, key, value, make, attention_mask, scaling, {**kwargs, "softcap": softcap}), None
     rows = layer_rows.read(module, query, key, value, attention_mask, position_ids, placed, softcap, kwargs)
     if softcap is None and dropout == 0.0 and packed_rows.serves(rows, query):
         mask = layer_masks.packed(asked or PLAIN, rows.positions, query, rows.key.shape[2])
         return packed_rows.attend(query, rows, mask, scaling), None
+    whole = rows.key is key
     key, value, visible, bias = rows.key, rows.value, layer_rows.visible(module, rows, query), rows.bias
     if asked is None and softcap is None and bias is None:
         return sdpa_attention_forward(module, query, key, value, visible, dropout, scaling, is_causal=True)
@@ -72,6 +76,8 @@ def stablemask_attention(
     allowed = visible if bias is None else keywords.biased(bias, visible, query.dtype, key.shape[2])
     if placed and asked is not None and softcap is None and rows.positions is position_ids:
         mask = layer_masks.cached(asked, position_ids, query)
+        if whole and allowed is None and attention_mask is None and position_ids is not None and dropout == 0.0:
+            alike.remember(module, query, key, position_ids, given, mask)
     else:
         mask = layer_masks.make(asked or PLAIN, rows.positions, query, key.shape[2], _soft_capping(softcap))
     out = scaled_dot_product_attention(
@@ -80,6 +86,14 @@ def stablemask_attention(
         score_mod=mask,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: StableMask, scaling: float | None) -> Tensor:
+    """(B, S, H, D) of plain causal attention with a mass."""
+    out = scaled_dot_product_attention(
+        query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True, score_mod=mask
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
 
 
 def sm_flex_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

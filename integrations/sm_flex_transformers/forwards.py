@@ -22,6 +22,8 @@ class _Running(threading.local):
     position_ids: "weakref.ref[Tensor] | None" = None  # what the model was called with
     cached = True  # whether it may keep a cache
     calls = 0  # of stablemask_attention
+    inside = False  # whether a forward runs
+    read: Any = None  # by the last of its layers (alike.py)
 
 
 class _Traced:
@@ -66,13 +68,17 @@ def before(names: tuple[str, ...], model: Any, args: tuple[Any, ...], kwargs: di
     if isinstance(position_ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         _MASKED[position_ids] = mask is not None
     _CALLS[model] = _RUNNING.calls
+    _RUNNING.inside, _RUNNING.read = True, None
     if model not in _PROVEN:
         _TRACED.called = False  # compiled layers set it again
 
 
 def after(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Raises NotImplementedError where a first forward went by without a call of stablemask_attention."""
-    if torch.compiler.is_compiling() or model in _PROVEN:
+    if torch.compiler.is_compiling():
+        return
+    _RUNNING.inside, _RUNNING.read = False, None
+    if model in _PROVEN:
         return
     text = model.config.get_text_config()
     if not {model.config._attn_implementation, text._attn_implementation} & set(NAMES):
@@ -92,6 +98,17 @@ def note_call() -> None:
         _TRACED.called = True
     else:
         _RUNNING.calls += 1
+
+
+def read_by_a_layer() -> Any:
+    """What keep_read() was given in the running forward."""
+    return _RUNNING.read
+
+
+def keep_read(read: Any) -> None:
+    """Until the running forward ends."""
+    if _RUNNING.inside:
+        _RUNNING.read = read
 
 
 def note_mask(padding: Any) -> None:
