@@ -23,7 +23,10 @@ MAX_PLANS = 1024
 
 
 class Plan(NamedTuple):
-    """causal: the kernel's own flag. dtype: of scores, lse and log M."""
+    """causal: the kernel's own flag. dtype: of scores, lse and log M. num_keys: of the call that it was made for.
+
+    A single query may have more keys or fewer: as it needs positions, its N is known without them.
+    """
 
     causal: bool
     scale: float
@@ -56,7 +59,11 @@ def kind_of(query: Any, key: Any, value: Any, mask: StableMask, scale: Any, *opt
         and key.is_cpu
         and value.is_cpu
     ):
-        return options, mask.kind, scale, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype
+        of_keys: Any = key.shape, value.shape
+        if len(query.shape) == len(key.shape) == len(value.shape) == 4 and query.shape[2] == 1 < key.shape[2] == value.shape[2]:
+            # Each token of a text has one key more, and nothing that is checked depends on how many there are.
+            of_keys = key.shape[:2], key.shape[3], value.shape[:2], value.shape[3]
+        return options, mask.kind, scale, query.shape, of_keys, query.dtype, key.dtype, value.dtype
     return None
 
 

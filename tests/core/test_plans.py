@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sm_flex import StableMask, flex_attention, headwise_gamma, plans, scaled_dot_product_attention, stablemask
 from sm_flex.mass import cache
-from sm_flex.testing import assert_matches_eq11
+from sm_flex.testing import assert_matches_eq11, oracle
 from tests.helpers.problems import gamma_of, leaves, qkv
 
 HEADS, LENGTH = 4, 2**21
@@ -81,6 +81,18 @@ def test_a_row_is_the_same_wherever_its_block_begins(gamma: Any, positions: list
 def decode(mask: StableMask, rows: int = 1, **options: Any) -> Tensor:
     torch.manual_seed(0)
     return scaled_dot_product_attention(*qkv(2, HEADS, HEADS, rows, 9, 8), score_mod=mask, **options)
+
+
+def test_a_plan_serves_any_number_of_keys():
+    q, k, v = qkv(2, HEADS, HEADS, 1, 40, 8)
+    for num_keys in (9, 40, 2, 1):
+        mask = stablemask(headwise_gamma(HEADS), length=50, positions=torch.tensor([num_keys - 1]))
+        found = scaled_dot_product_attention(q, k[:, :, :num_keys], v[:, :, :num_keys], score_mod=mask)
+        expected, _ = oracle(q, k[:, :, :num_keys], v[:, :, :num_keys], gamma=mask.gamma, length=50, positions=mask.positions)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert len(plans._PLANS) == 2
+    with pytest.raises(ValueError, match="value must have"):
+        scaled_dot_product_attention(q, k, v[:, :, :7], score_mod=mask)
 
 
 def test_values_are_looked_at_each_time():
