@@ -238,13 +238,13 @@ class Reference:
             dq, dk, dv, d_sink = grads
             found += [None if dq is None else self._rows(dq), *(None if x is None else x[-1:] for x in (dk, dv)), d_sink]
         errors = {}
-        for name, ours, exact in zip(NAMES, found, self.wanted(mass), strict=False):
+        for name, theirs, exact in zip(NAMES, found, self.wanted(mass), strict=False):
             if name == "d sink" and mass != LEARNED:
                 continue
-            if ours is None:
+            if theirs is None:
                 wrong.append(f"{name} is dropped: None")
                 continue
-            error = float((ours.detach().double() - exact).abs().max() / exact.abs().max())
+            error = float((theirs.detach().double() - exact).abs().max() / exact.abs().max())
             errors[name] = error
             if not error <= TOLERANCE[self.at.case.dtype]:
                 wrong.append(f"{name} off by {error:.1e} of its largest value")

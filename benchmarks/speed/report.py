@@ -25,6 +25,16 @@ following the allocator takes longer than the call.
 
 Decode: a hot loop, the mean of its calls, median over loops; positions and masks are made before a loop begins.
 """
+ABOUT_PEERS = """\
+Of sm_flex milliseconds and peak memory; of peers multiples of sm_flex's with the same mass, medians (p20 to p80) over rounds in
+which all take turns. learned sink: one per head, whose gradient is asked for and checked. sink 0: e^0 beside the scores,
+softmax-off-by-one, where a peer has no other. What is wrong was found by the check against eq. 11 in float64, gradients included.
+flash-attention-softmax-n makes a tensor on "cuda" when it is imported; without a GPU that tensor was made on the CPU. The float
+mask of Transformers is made once for all layers and not counted."""
+ABOUT_GROWTH = """\
+StableMask's time less plain causal attention's, B 1, fitted by a + b S + c S^2. bytes per row: b times the measured copy
+bandwidth, of one head; by count: what the epilogue's ops read and write, one after the other, and at least: out once and lse
+once, each way. c of causal's: the S^2 term over causal attention's own, and its standard error."""
 
 
 def targets_table(verdicts: list[Verdict]) -> str:
@@ -112,14 +122,7 @@ def _peers(rows: list[Record]) -> list[str]:
         "what it gets wrong",
     )
     shape = rows[0]
-    about = (
-        f"{shape['heads']}:{shape['kv_heads']} heads, D {shape['head_dim']}. Of sm_flex milliseconds and peak memory; of peers "
-        "multiples of sm_flex's with the same mass, medians (p20 to p80) over rounds in which all take turns. learned sink: one per "
-        "head, whose gradient is asked for and checked. sink 0: e^0 beside the scores, softmax-off-by-one, where a peer has no other. "
-        "What is wrong was found by the check against eq. 11 in float64, gradients included. flash-attention-softmax-n makes a tensor "
-        'on "cuda" when it is imported; without a GPU that tensor was made on the CPU. The float mask of Transformers is made once '
-        "for all layers and not counted."
-    )
+    about = f"{shape['heads']}:{shape['kv_heads']} heads, D {shape['head_dim']}. {ABOUT_PEERS}"
     return ["## Peers", about, report.markdown_table(columns, lines)]
 
 
@@ -140,13 +143,8 @@ def _growth(rows: list[Record]) -> list[str]:
         ]
         lines.append((row["length"], *series, *cells, row.get("why", row.get("error", ""))))
     columns = ("S", "dtype", "heads", "causal, forward ms", "extra", "causal, both ms", "extra", "")
-    about = (
-        "StableMask's time less plain causal attention's, B 1, D 64, fitted by a + b S + c S^2. bytes per row: b times the measured "
-        "copy bandwidth, of one head; by count: what the epilogue's ops read and write, one after the other, and at least: out once "
-        "and lse once, each way. c of causal's: the S^2 term over causal attention's own, and its standard error."
-    )
     fitted = report.markdown_table(("dtype", "heads", "mode", "b, ns a row", *FIT[2:]), fits)
-    return ["## Growth", about, fitted, report.markdown_table(columns, lines)]
+    return ["## Growth", ABOUT_GROWTH, fitted, report.markdown_table(columns, lines)]
 
 
 def _parts_table(rows: list[Record]) -> str:
