@@ -146,7 +146,7 @@ def cpu_plan() -> list[Case]:
         *(case for case in steps if case.name != main.name),
         Case("first call", (), 1024, 1, **alone),
         *(
-            Case("decode", (), length, batch, **(step | {"head_dim": dim}))
+            Case("decode", (), length, batch, **_with(step, head_dim=dim))
             for dim in (64, 128)
             for length in (512, 2048)
             for batch in (1, 8)
@@ -155,7 +155,7 @@ def cpu_plan() -> list[Case]:
         Case("memory", ("cpu",), 32768, 1, **alone),
         *(peers(length, dtype) for length in (256, 1024, 8192) for dtype in ("fp32", "bf16")),
         *(
-            Case("growth", ("cpu",), GROWTH_TO, 1, **(heads | {"dtype": dtype}))
+            Case("growth", ("cpu",), GROWTH_TO, 1, **_with(heads, dtype=dtype))
             for heads in (alone, two)
             for dtype in ("fp32", "bf16")
         ),
@@ -165,6 +165,10 @@ def cpu_plan() -> list[Case]:
         attention(1024, ("varlen",), kind="packed"),
         *(peers(16384, dtype) for dtype in ("fp32", "bf16")),
     ]
+
+
+def _with(fields: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return fields | others
 
 
 def _lengths(module: str) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ def _x_transformers(at: Setup) -> Call:
     """Its Attend with head_learned_sink, "working solution from gpt-oss"; it refuses flash = True."""
     from x_transformers.attend import Attend  # pyright: ignore[reportMissingImports]
 
-    attend = Attend(causal=True, heads=at.case.heads, head_learned_sink=True)
+    attend: Any = Attend(causal=True, heads=at.case.heads, head_learned_sink=True)
     del attend.head_attn_sink  # its parameter; a tensor of that name takes its place
 
     def call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
