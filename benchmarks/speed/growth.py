@@ -89,7 +89,8 @@ def fit(lengths: Sequence[int], extra: Sequence[dict[str, float]], plain: Sequen
     """Weighted least squares of extra = a + b S + c S^2, in ms, and c over the quadratic part of plain's own.
 
     A point's error is what times of this machine vary by, the same part of plain's time everywhere, over the
-    root of its rounds. A fit that is worse than that widens the errors.
+    root of its rounds. A fit that is worse than that widens the errors. Where c is 0 within two of its errors,
+    a and b are those of the line without it, which are known better.
     """
     s = np.array(lengths, dtype=float)
     varied = [(x["p80"] - x["p20"]) / 2 / p["median"] for x, p in zip(extra, plain, strict=True) if x["rounds"] > 2]
@@ -97,21 +98,26 @@ def fit(lengths: Sequence[int], extra: Sequence[dict[str, float]], plain: Sequen
     sigma = np.array([part * p["median"] / p["rounds"] ** 0.5 for p in plain])
     basis = np.stack([s**0, s, s**2], axis=1)
 
-    def solve(y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        weighted, wanted = basis / sigma[:, None], np.array(y) / sigma
+    def solve(y: Sequence[float], terms: int = 3) -> tuple[np.ndarray, np.ndarray]:
+        weighted, wanted = basis[:, :terms] / sigma[:, None], np.array(y) / sigma
         scale = np.linalg.norm(weighted, axis=0)
         inverse = np.linalg.pinv(weighted / scale)
         solution = inverse @ wanted / scale
         left = wanted - weighted @ solution
-        widening = max(1.0, float(left @ left) / (len(s) - 3))
+        widening = max(1.0, float(left @ left) / (len(s) - terms))
         return solution, np.sqrt(np.diag(inverse @ inverse.T) * widening) / scale
 
-    (a, b, c), (_, b_error, c_error) = solve([x["median"] for x in extra])
+    y = [x["median"] for x in extra]
+    (a, b, c), (_, b_error, c_error) = solve(y)
+    line = 0.0 if abs(c) <= 2 * c_error else c
+    if not line:
+        (a, b), (_, b_error) = solve(y, terms=2)
     (_, _, own), _ = solve([p["median"] for p in plain])
-    return {
-        "a us": 1e3 * a, "b ns": 1e6 * b, "b error": 1e6 * b_error, "a ms": a, "b ms": b, "c ms": c,
+    found = {
+        "a us": 1e3 * a, "b ns": 1e6 * b, "b error": 1e6 * b_error, "a ms": a, "b ms": b, "c ms": line,
         "c of causal's": c / own, "its error": c_error / abs(own), "c in its errors": abs(c) / c_error,
     }  # fmt: skip
+    return {key: float(value) for key, value in found.items()}
 
 
 def row_bytes(head_dim: int, size: int) -> int:

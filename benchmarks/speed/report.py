@@ -32,9 +32,10 @@ softmax-off-by-one, where a peer has no other. What is wrong was found by the ch
 flash-attention-softmax-n makes a tensor on "cuda" when it is imported; without a GPU that tensor was made on the CPU. The float
 mask of Transformers is made once for all layers and not counted."""
 ABOUT_GROWTH = """\
-StableMask's time less plain causal attention's, B 1, fitted by a + b S + c S^2. bytes per row: b times the measured copy
-bandwidth, of one head; by count: what the epilogue's ops read and write, one after the other, and at least: out once and lse
-once, each way. c of causal's: the S^2 term over causal attention's own, and its standard error."""
+StableMask's time less plain causal attention's, B 1, fitted by a + b S + c S^2 (a + b S where c is 0 within two errors).
+bytes per row: b times the measured copy bandwidth, of one head; by count: what the epilogue's ops read and write, one after
+the other, and at least: out once and lse once, each way. c of causal's: the S^2 term over causal attention's own, and its
+standard error."""
 
 
 def targets_table(verdicts: list[Verdict]) -> str:
