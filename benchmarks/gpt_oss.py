@@ -23,6 +23,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 import sm_flex_transformers  # noqa: F401  (registers sm_flex)
 from benchmarks import plot, report
 from benchmarks.speed import timing
+from benchmarks.speed.timing import free_memory
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 HEADS, KEY_HEADS, DIM, WINDOW = 8, 1, 64, 128
@@ -141,13 +142,6 @@ def measure(lengths: tuple[int, ...], seconds: float, device: torch.device) -> l
                 row["why"] = errors.get(name) or failed[name]
             rows.append(row)
     return rows
-
-
-def free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="utf-8") as lines:
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def faster(rows: list[dict[str, Any]]) -> dict[Case, dict[str, float]]:

@@ -156,8 +156,8 @@ def mean_and_range(values: Sequence[float], form: str) -> str:
 
 
 def median_and_fifths(values: Sequence[float]) -> dict[str, float]:
-    """Over repetitions: median, p20, p80 and how many."""
-    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    """Over repetitions: median, p20, p80 (of three or fewer, which have no fifths, the range) and how many."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 3 else [min(values), 0.0, 0.0, max(values)]
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "rounds": len(values)}
 
 

@@ -14,6 +14,22 @@ GPU_TOKENS, CPU_TOKENS = 32768, 8192
 # The formula of the paper holds several (B, H, S, S) tensors: beyond this S they do not fit beside everything else.
 DENSE_UP_TO = 4096
 
+# What a person would pick today for attention with a sink or a mass: benchmarks/speed/peers.py has each.
+COMPILED_PEER = "flex compiled"
+PEERS = (
+    "transformers",
+    "softmax-n",
+    "softmax-n slow",
+    "x-transformers",
+    "x-transformers flash",
+    "flex lse",
+    COMPILED_PEER,
+    "dense",
+)
+# On a CPU compiling takes longer than all the rest of a case.
+COMPILED_AT = (512, 2048, 8192)
+GROWTH_TO = 65536
+
 # Engines: a pair (plain attention, StableMask on it) each, but for the last four, which have a partner among these.
 PAIRS = ("flash", "cudnn", "cpu", "cpu compiled", "varlen", "flex", "flex FLASH")
 OURS_ALONE = ("auto", "auto compiled")
@@ -34,9 +50,9 @@ FLASH_IMPLS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 class Case(NamedTuple):
     """One comparison: its variants take turns on the same inputs.
 
-    group is attention, memory (one pass, nothing timed), epilogue, decode or first call. length is S, for
-    packed documents their mean; there are batch * length tokens. impl replaces PyTorch's own flash kernel
-    (FA3, FA4).
+    group is attention, memory (one pass, nothing timed), epilogue, decode, first call, peers or growth. length is
+    S, for packed documents their mean; there are batch * length tokens; growth begins at a 64th of it. impl
+    replaces PyTorch's own flash kernel (FA3, FA4).
     """
 
     group: str
@@ -91,6 +107,7 @@ def gpu_plan() -> list[Case]:
         attention(4096, ("varlen", "flex"), kind="packed"),
         attention(4096, ("flex", "varlen"), kind="window"),
         attention(4096, ("flex",), kind="alibi"),
+        *(Case("peers", PEERS, length, GPU_TOKENS // length) for length in (4096, 2048, 512, 1024, 8192, 16384)),
         *(attention(length, ("flash", "auto"), impl=impl) for impl, module in FLASH_IMPLS.items() for length in _lengths(module)),
         *(attention(length, full(length)) for length in (32768, 1024)),
         attention(4096, (*kernels, "flex"), **half),
@@ -112,27 +129,46 @@ def cpu_plan() -> list[Case]:
         every: dict[str, Any] = {"head_dim": 64, "heads": 2, "kv_heads": 2, "dtype": "fp32", "threads": num_cores()} | fields
         return Case("attention", engines, length, CPU_TOKENS // length, **every)
 
+    def peers(length: int, dtype: str) -> Case:
+        engines = PEERS if length in COMPILED_AT else tuple(name for name in PEERS if name != COMPILED_PEER)
+        batch = max(1, CPU_TOKENS // length) if length < 4096 else 1
+        return Case("peers", engines, length, batch, head_dim=64, heads=2, kv_heads=2, dtype=dtype, threads=num_cores())
+
     alone: dict[str, Any] = {"head_dim": 64, "heads": 1, "kv_heads": 1, "dtype": "fp32", "threads": num_cores()}
-    several: dict[str, Any] = {**alone, "heads": 8, "kv_heads": 8}
-    grouped: dict[str, Any] = {**alone, "heads": 8, "kv_heads": 2}
+    two: dict[str, Any] = {**alone, "heads": 2, "kv_heads": 2}
+    step: dict[str, Any] = {**alone, "heads": 16, "kv_heads": 16}
     counts = sorted({1, num_cores()}, reverse=True)
     grid = [(dtype, threads) for threads in counts for dtype in ("bf16", "fp32")]
-    main = attention(1024, ("cpu", "cpu compiled", "dense"))
+    main = attention(1024, ("cpu", "cpu compiled"))
     steps = [attention(length, dtype=d, threads=n) for length in (2048, 1024, 256, 4096, 512) for d, n in grid]
     return [
         main,
         *(case for case in steps if case.name != main.name),
         Case("first call", (), 1024, 1, **alone),
-        Case("epilogue", (), 2048, 4, **several),
-        Case("decode", (), 4096, 1, **grouped),
-        attention(1024, heads=4, kv_heads=1),
-        attention(2048, head_dim=128),
+        *(
+            Case("decode", (), length, batch, **_with(step, head_dim=dim))
+            for dim in (64, 128)
+            for length in (512, 2048)
+            for batch in (1, 8)
+        ),
+        *(peers(length, dtype) for length in (2048, 512, 4096) for dtype in ("fp32", "bf16")),
+        Case("memory", ("cpu",), 32768, 1, **alone),
+        *(peers(length, dtype) for length in (256, 1024, 8192) for dtype in ("fp32", "bf16")),
+        *(
+            Case("growth", ("cpu",), GROWTH_TO, 1, **_with(heads, dtype=dtype))
+            for heads in (alone, two)
+            for dtype in ("fp32", "bf16")
+        ),
+        *(attention(8192, dtype=d, threads=n) for d, n in grid),
         attention(2048, kind="window"),
         attention(1024, kind="alibi"),
         attention(1024, ("varlen",), kind="packed"),
-        Case("memory", ("cpu",), 32768, 1, **alone),
-        *(attention(8192, dtype=d, threads=n) for d, n in grid),
+        *(peers(16384, dtype) for dtype in ("fp32", "bf16")),
     ]
+
+
+def _with(fields: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return fields | others
 
 
 def _lengths(module: str) -> tuple[int, ...]:
@@ -156,6 +192,12 @@ def pairs(case: Case) -> float:
     if case.kind == "window" and case.length > WINDOW:
         return case.batch * (case.length * WINDOW - WINDOW * WINDOW / 2)
     return case.batch * case.length * case.length / 2
+
+
+def expected_flops(case: Case) -> float:
+    """What a case is known to take beforehand: the long ones, in plain forward and backward passes of its length."""
+    passes = {"peers": 80.0, "growth": 4.0}.get(case.group, 0.0)
+    return passes * flops(case, "forward+backward")
 
 
 def flops(case: Case, mode: str) -> float:

@@ -1,4 +1,4 @@
-"""Parts that benchmarks.speed measures: the epilogue alone, a decode step, the first compiled call."""
+"""Parts that benchmarks.speed measures: the epilogue alone, the first compiled call."""
 
 import json
 import os
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.speed.cases import DTYPES, Case
-from benchmarks.speed.timing import one_line, ratio, turns
-from sm_flex import headwise_gamma, log_mass, scaled_dot_product_attention, stablemask
+from benchmarks.speed.timing import ratio, turns
+from sm_flex import headwise_gamma, log_mass, stablemask
 from sm_flex.epilogue.remask import epilogue
-from sm_flex.testing import oracle
 
 Row = dict[str, Any]
 # 1 - s at or above this can change a number of the dtype, a quarter of its eps (DESIGN: half the gap below a power of two).
@@ -72,61 +71,6 @@ def _touched(lse: Tensor, gamma: Tensor, case: Case, dtype: torch.dtype, device:
     changed = (1 - share) >= QUARTER_EPS[dtype]
     padded = F.pad(changed, (0, -case.length % tile))
     return float(padded.unflatten(-1, (-1, tile)).any(-1).double().mean())
-
-
-@torch.no_grad()
-def decode_rows(case: Case, device: torch.device, seconds: float) -> list[Row]:
-    """One query against a cache of case.length keys: eager, and on a GPU also replayed from a CUDA graph."""
-    dtype, length = DTYPES[case.dtype], case.length
-    q = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device, dtype=dtype)
-    k, v = (torch.randn(case.batch, case.kv_heads, length, case.head_dim, device=device, dtype=dtype) for _ in range(2))
-    gamma = headwise_gamma(case.heads).to(device)
-    positions = torch.tensor([length - 1], device=device)
-    mask = stablemask(gamma, length=2 * length, positions=positions)
-    gqa = case.heads != case.kv_heads
-    plain = lambda _: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)  # noqa: E731
-    ours = lambda _: scaled_dot_product_attention(q, k, v, enable_gqa=gqa, score_mod=mask)  # noqa: E731
-    repeats = case.heads // case.kv_heads
-    exact, _ = oracle(
-        q[:1], *(x[:1].repeat_interleave(repeats, 1) for x in (k, v)), gamma=gamma, length=2 * length, positions=positions
-    )
-    error = float((ours(0)[:1].double() - exact).abs().max() / exact.abs().max())
-    if error > 0.02:
-        return [{"variant": "decode, StableMask", "error": f"wrong: {error:.2e} of its largest value off eq. 11"}]
-    rows = _decode_pair("eager, wall clock", turns({"plain": plain, "ours": ours}, device, seconds / 2, wall=True), error)
-    if device.type == "cuda":
-        try:
-            graphs = {"plain": _graph(plain), "ours": _graph(ours)}
-            times = turns({name: lambda _, g=g: g.replay() for name, g in graphs.items()}, device, seconds / 2)
-            rows += _decode_pair("CUDA graph", times, error)
-        except Exception as problem:  # an error is a row of the result
-            rows.append({"variant": "decode, CUDA graph", "error": one_line(problem)})
-    return rows
-
-
-def _decode_pair(how: str, times: dict[str, list[float]], error: float) -> list[Row]:
-    plain, ours = ({"forward": report.median_and_fifths(times[name])} for name in ("plain", "ours"))
-    over = {"same engine": {"forward": ratio(times["ours"], times["plain"])}}
-    name = f"decode, StableMask, {how}"
-    return [
-        {"variant": f"decode, plain, {how}", "ms": plain},
-        {"variant": name, "gamma": "headwise", "engine": how, "ms": ours, "ratio": over, "check": error},
-    ]
-
-
-def _graph(call: Callable[[int], Any], calls: int = 16) -> torch.cuda.CUDAGraph:
-    """Several calls in one graph, so that its own launch does not count."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(3):
-            call(i)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return graph
 
 
 FIRST_CALL = """

@@ -29,6 +29,10 @@ def _ratio(against: str, mode: str) -> tuple[str, ...]:
     return ("ratio", against, mode, "median")
 
 
+def _span(lengths: tuple[int, ...]) -> str:
+    return ", ".join(str(n) if n < 1024 else f"{n // 1024}k" for n in lengths)
+
+
 BOTH, SAME, FASTEST, FLEX = "forward+backward", "same engine", "fastest plain", "compiled flex"
 OURS = {"group": ("attention",), "kind": ("causal",), "role": ("StableMask",)}
 CHOSEN = OURS | {"role": ("StableMask, chosen",)}
@@ -65,39 +69,73 @@ GPU = [
     ),
 ]  # fmt: skip
 
+_LONG = (1024, 2048, 4096, 8192)
+# Forward alone over plain causal attention, at most, by S: bf16, fp32.
+FORWARD = {(256,): (1.15, 1.10), (512,): (1.12, 1.07), (1024,): (1.08, 1.05), (2048,): (1.05, 1.05), (4096, 8192): (1.03, 1.03)}
 _EAGER = _HEADWISE | {"engine": ("cpu",)}
+_EITHER = _HEADWISE | {"engine": ("cpu", "cpu, no gradients")}
+_STEP = {"group": ("decode",), "role": ("StableMask", "StableMask, a new position each step")}
+_OVER_SDPA = "StableMask / SDPA causal, "
 CPU = [
     *(
         Target(
-            "cpu", f"StableMask / SDPA causal, {mode}, {dtype}, {threads}, S = {span}",
-            _EAGER | {"dtype": (dtype,), "all_threads": (every,), "length": lengths}, _ratio(SAME, mode), limit,
+            "cpu", f"{_OVER_SDPA}forward with and without gradients, {dtype}, one thread and all, S = {_span(lengths)}",
+            _EITHER | {"dtype": (dtype,), "length": lengths}, _ratio(SAME, "forward"), limits[i],
         )
-        for lengths, span, limit in (((1024, 2048, 4096, 8192), "1k..8k", 1.03), ((256, 512), "256..512", 1.10))
+        for lengths, limits in FORWARD.items()
+        for i, dtype in enumerate(("bf16", "fp32"))
+    ),
+    *(
+        Target(
+            "cpu", f"{_OVER_SDPA}forward, beyond its floor (the bare op and the epilogue's ops), {dtype}",
+            _EITHER | {"dtype": (dtype,), "length": (256, 512, *_LONG)}, ("beyond floor", "median"), 0.02,
+        )
         for dtype in ("bf16", "fp32")
-        for every, threads in ((False, "one thread"), (True, "all threads"))
-        for mode in ("forward", "backward")
     ),
-    Target(
-        "cpu", "dense formula / StableMask, forward+backward, S = 1k", {"engine": ("dense",), "length": (1024,)},
-        _ratio("StableMask", BOTH), 4.0, at_least=True,
+    *(
+        Target("cpu", f"{_OVER_SDPA}{mode}, one thread and all, S = {_span(lengths)}",
+               _EAGER | {"length": lengths}, _ratio(SAME, mode), limit)
+        for mode, limits in (("backward", (1.03, 1.03)), (BOTH, (1.03, 1.06)))
+        for lengths, limit in zip((_LONG, (256, 512)), limits, strict=True)
     ),
-    Target("cpu", "first compiled call, plain causal, seconds", {"group": ("first call",), "role": ("StableMask",)},
-           ("values", "seconds"), 10.0),
+    Target("cpu", "decode step: microseconds more than SDPA", _STEP, ("values", "us more than plain"), 50.0),
+    Target("cpu", "decode step: microseconds more than its floor", _STEP, ("values", "us more than the floor"), 25.0),
+    Target("cpu", "decode step / SDPA, where that takes 2.5 ms or more", _STEP, ("values", "of plain, which is long"), 1.10),
+    Target("cpu", "decode step with a new position: median / p80 of a repeated one", _STEP, ("values", "of repeated's p80"), 1.0),
+    Target("cpu", "first compiled call, plain causal, one head, seconds", {"group": ("first call",), "role": ("StableMask",)},
+           ("values", "seconds"), 4.0),
     Target("cpu", "peak memory / SDPA, S = 32k, one head, forward+backward",
            {"group": ("memory",), "role": ("StableMask",), "length": (32768,)}, ("peak_ratio",), 1.2),
+    *(
+        Target("cpu", f"growth of the extra over causal, {mode}: S^2 term, in its own errors",
+               {"group": ("growth",), "role": ("fit",), "mode": (mode,)}, ("values", "c in its errors"), 2.0)
+        for mode in ("forward", BOTH)
+    ),
 ]  # fmt: skip
+
+# Of a peer that has no backward, forward alone is its only mode.
+PEERS = [
+    Target(device, f"peers / sm_flex of the same mass, {mode}, {text}",
+           {"group": ("peers",), "role": ("peer",), "length": lengths}, _ratio("sm_flex", mode), limit, at_least=True)
+    for device, lengths in (("cuda", (512, 1024, 2048, 4096, 8192, 16384)), ("cpu", (256, 512, 1024, 2048, 4096, 8192, 16384)))
+    for mode in ("forward", BOTH)
+    for text, limit, lengths in (("every S", 1.0, lengths), ("S >= 2k", 2.5, tuple(n for n in lengths if n >= 2048)))
+    if (mode, limit) != ("forward", 2.5)
+]  # fmt: skip
+ALL = {"cuda": [*GPU, *(t for t in PEERS if t.device == "cuda")], "cpu": [*CPU, *(t for t in PEERS if t.device == "cpu")]}
 
 
 def judge(rows: Sequence[Row], device: str) -> list[Verdict]:
     """Every target of the device, cuda or cpu, against the rows of a record."""
-    return [_verdict(target, rows) for target in (GPU if device == "cuda" else CPU)]
+    return [_verdict(target, rows) for target in ALL[device]]
 
 
 def _verdict(target: Target, rows: Sequence[Row]) -> Verdict:
     within = [row for row in rows if all(row.get(key) in allowed for key, allowed in target.where.items())]
     found = [(value, row) for row in within if (value := _at(row, target.path)) is not None]
     errors = sum("error" in row for row in within)
-    failed = f"; {errors} failed" if errors else ""
+    unrun = sum("why" in row for row in within)
+    failed = (f"; {errors} failed" if errors else "") + (f"; {unrun} not run" if unrun else "")
     if not found:
         return Verdict(target.text, target.limit, NOT, "none" + failed)
     good = [value >= target.limit if target.at_least else value <= target.limit for value, _ in found]
@@ -105,7 +143,7 @@ def _verdict(target: Target, rows: Sequence[Row]) -> Verdict:
     missing = sorted(set(target.where.get("length", ())) - {row["length"] for _, row in found})
     absent = f"; not measured at S = {', '.join(map(str, missing))}" if missing else ""
     figure = f"worst {worst:.3f} ({row['variant']}: {row['case']}); {sum(good)} of {len(good)} within{absent}{failed}"
-    verdict = MISSED if not all(good) else PARTLY if missing or errors else MET
+    verdict = MISSED if not all(good) else PARTLY if missing or errors or unrun else MET
     return Verdict(target.text, target.limit, verdict, figure)
 
 

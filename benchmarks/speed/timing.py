@@ -8,7 +8,8 @@ the host run ahead: it is the device's own, and the host's is reported beside it
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import report
 
 MODES = ("forward", "backward", "forward+backward")
-# q, k, v that want gradients, and the gradient of the output.
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+# q, k, v (and a learned sink) that want gradients, and last the gradient of the output.
+Inputs = tuple[Tensor, ...]
+Call = Callable[..., Tensor]
 # About 2 ms of an H100, more than the host needs to launch a forward and a backward pass.
 PAUSE_CYCLES = 4_000_000
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
@@ -54,15 +55,18 @@ class Clock:
         return [1e3 * (b - a) for a, b in steps]
 
 
-def train(call: Call, inputs: Inputs, device: torch.device) -> Clock:
-    """Runs the call once forward and once backward."""
-    q, k, v, grad = inputs
+def train(call: Call, inputs: Inputs, device: torch.device, backward: bool = True) -> Clock:
+    """Runs the call once forward and once backward, or forward alone without gradients."""
+    *leaves, grad = inputs
+    leaves = leaves if backward else [x.detach() for x in leaves]
     clock = Clock(device)
     clock.mark()
-    out = call(q, k, v)
+    with torch.set_grad_enabled(backward):
+        out = call(*leaves)
     clock.mark()
-    torch.autograd.grad(out, (q, k, v), grad)
-    clock.mark()
+    if backward:
+        torch.autograd.grad(out, leaves, grad, allow_unused=True)  # a gradient that is missing is for the check to find
+        clock.mark()
     return clock
 
 
@@ -76,22 +80,28 @@ def interleaved(names: Iterable[str], seconds: float, least: int, most: int) -> 
 
 
 def rounds(
-    calls: dict[str, Call], sets: Sequence[Inputs], device: torch.device, seconds: float
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
-    """({variant: {mode: ms per round}}, {variant: why it failed}); calls are warm; a failure ends a variant."""
+    calls: dict[str, Call], sets: Sequence[Inputs], device: torch.device, seconds: float,
+    least: int = LEAST_ROUNDS, forward_only: Container[str] = (),
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:  # fmt: skip
+    """({variant: {mode: ms per round}}, {variant: why it failed}); calls are warm; a failure ends a variant.
+
+    Those of forward_only run without gradients and have that one mode.
+    """
     errors: dict[str, str] = {}
-    found: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in (*MODES, "host")} for name in calls}
-    for count, names in interleaved(calls, seconds, LEAST_ROUNDS, MOST_ROUNDS):
+    found: dict[str, dict[str, list[float]]] = {
+        name: {mode: [] for mode in (MODES[:1] if name in forward_only else (*MODES, "host"))} for name in calls
+    }
+    for count, names in interleaved(calls, seconds, least, max(least, MOST_ROUNDS)):
         clocks = {}
         for name in names:
             if name not in errors:
                 try:
-                    clocks[name] = train(calls[name], sets[count % len(sets)], device)
+                    clocks[name] = train(calls[name], sets[count % len(sets)], device, name not in forward_only)
                 except Exception as error:  # an error is a row of the result
                     errors[name] = one_line(error)
         for name, clock in clocks.items():
-            forward, backward = clock.milliseconds()
-            for mode, ms in zip((*MODES, "host"), (forward, backward, forward + backward, clock.host), strict=True):
+            steps = clock.milliseconds()
+            for mode, ms in zip(found[name], (*steps, sum(steps), clock.host), strict=False):
                 found[name][mode].append(ms)
     return {name: modes for name, modes in found.items() if name not in errors}, errors
 
@@ -154,11 +164,11 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
 
 def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
     """Bytes held at most in a forward and a backward pass, inputs included, by PyTorch's allocator."""
-    q, k, v, grad = inputs
+    return peak_of(lambda: train(call, inputs, device), inputs, device)
 
-    def run() -> None:
-        torch.autograd.grad(call(q, k, v), (q, k, v), grad)
 
+def peak_of(run: Callable[[], Any], inputs: Inputs, device: torch.device) -> int:
+    """Bytes held at most in run, inputs included, by PyTorch's allocator."""
     own = sum(x.numel() * x.element_size() for x in inputs)
     if device.type == "cuda":
         report.synchronize(device)
@@ -177,6 +187,18 @@ def training_peak(call: Call, inputs: Inputs, device: torch.device) -> int:
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, held)
     return own + most
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or that a CPU's machine and its container still have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="utf-8") as lines:
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    return free
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:

@@ -17,18 +17,22 @@ from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
 from benchmarks.speed.cases import BACKEND_OF, DTYPES, WINDOW, Case, document_lengths
 from benchmarks.speed.timing import Call
 from sm_flex import flex_attention, headwise_gamma, log_mass, scaled_dot_product_attention, stablemask, varlen_attn
+from sm_flex.runtime import cpu_flash_op
 
 PLAIN, STABLEMASK, AUTO, BASELINE = "plain causal", "StableMask", "StableMask, chosen", "baseline"
+# The least that StableMask can cost on a kernel: the bare op and the epilogue's own ops, without any library.
+FLOOR = "floor"
 KERNEL = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 class Variant(NamedTuple):
-    """gamma is headwise or zero, or empty where there is none."""
+    """gamma is headwise or zero, or empty where there is none; backward is False for one forward without gradients."""
 
     call: Call
     engine: str
     role: str
     gamma: str = ""
+    backward: bool = True
 
 
 class Setup(NamedTuple):
@@ -81,15 +85,44 @@ def variants(at: Setup) -> dict[str, Variant]:
         elif engine == "titan":
             found["out * sigmoid(lse - m) on compiled flex"] = Variant(_titan(at), engine, BASELINE, "headwise")
         elif engine == "dense":
-            found["dense formula"] = Variant(_dense(at), engine, BASELINE, "headwise")
+            found["dense formula"] = Variant(dense_formula(at), engine, BASELINE, "headwise")
         else:
             plain, ours = PAIR_OF.get(engine.removesuffix(" FLASH"), (_sdpa, _ours_sdpa))
             found[f"{kernel}, plain"] = Variant(_maybe_compiled(plain(at, engine), engine), engine, PLAIN)
-            zero_too = at.case.group == "attention" and at.case.kind == "causal" and engine in ("flash", "cudnn", "cpu")
+            causal = at.case.group == "attention" and at.case.kind == "causal"
+            zero_too = causal and engine in ("flash", "cudnn")
             for gamma in ("headwise", "zero") if zero_too else ("headwise",):
                 name = f"{kernel}, StableMask" + ", gamma 0" * (gamma == "zero")
                 found[name] = Variant(_maybe_compiled(ours(at, engine, gamma), engine), engine, STABLEMASK, gamma)
+            if causal and engine == "cpu":
+                found |= _without_gradients(at, found)
     return found
+
+
+def _without_gradients(at: Setup, trained: dict[str, Variant]) -> dict[str, Variant]:
+    """The pair again, forward alone without gradients, and what neither can beat; the floor of training has no backward."""
+    plain, ours = trained["cpu, plain"], trained["cpu, StableMask"]
+    free = "cpu, no gradients"
+    return {
+        "cpu, floor": Variant(floor(at, new_lse=True), "cpu", FLOOR, "headwise", False),
+        f"{free}, plain": plain._replace(engine=free, backward=False),
+        f"{free}, StableMask": ours._replace(engine=free, backward=False),
+        f"{free}, floor": Variant(floor(at, new_lse=False), free, FLOOR, "headwise", False),
+    }
+
+
+def floor(at: Setup, new_lse: bool) -> Call:
+    """The bare op and the epilogue's ops, the table in the op's own (S, H) memory; new_lse is what a backward would want."""
+    table_HS = log_mass(at.gammas["headwise"], torch.arange(at.length), at.length).t().contiguous().t()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = cpu_flash_op(q, k, v, 0.0, True)
+        share = (lse - table_HS).sigmoid()
+        if new_lse:
+            torch.logaddexp(lse, table_HS)
+        return out.mul_(share.unsqueeze(-1).to(out.dtype))
+
+    return call
 
 
 def _maybe_compiled(call: Call, engine: str) -> Call:
@@ -154,7 +187,7 @@ def _titan(at: Setup) -> Call:
     return torch.compile(call, dynamic=False, fullgraph=True)
 
 
-def _dense(at: Setup) -> Call:
+def dense_formula(at: Setup) -> Call:
     """Equation 11 as it is printed, in plain PyTorch: (softmax(A * C + P) * C) V."""
     j = torch.arange(at.length, device=at.device)
     seen = j <= j.unsqueeze(1)

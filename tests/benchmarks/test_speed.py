@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import cases, cli, targets, timing, variants
+from benchmarks.lm.plot_style import points
+from benchmarks.speed import cases, cli, decode, figures, targets, timing, variants
 from benchmarks.speed.cases import Case
 from benchmarks.speed.check import error_of
 from sm_flex import stablemask
@@ -51,19 +52,27 @@ def test_every_kind_of_case_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
         if row["group"] == "attention" and row["gamma"]:
             assert 0 < row["check"] < (0.04 if row["dtype"] == "bf16" else 1e-5)
         if row["group"] == "attention":
-            forward, backward, both = (row["ms"][mode]["median"] for mode in timing.MODES)
-            assert min(forward, backward) < both
             assert row["ms"]["forward"]["rounds"] == timing.LEAST_ROUNDS
-        if row["role"] == "StableMask" and row["group"] == "attention":
+            assert row["backward"] == ("forward+backward" in row["ms"])
+            if row["backward"]:
+                forward, backward, both = (row["ms"][mode]["median"] for mode in timing.MODES)
+                assert min(forward, backward) < both
+        if row["role"] in ("StableMask", "floor") and row["group"] == "attention":
             assert set(row["ratio"]) == {"same engine"}
+        assert ("beyond floor" in row) == (
+            row["role"] == "StableMask" and row["kind"] == "causal" and row["group"] == "attention"
+        )
+    alone = [row["variant"] for row in rows if row["group"] == "attention" and not row["backward"]]
+    assert alone == ["cpu, floor", *(f"cpu, no gradients, {what}" for what in ("plain", "StableMask", "floor"))]
     dense = next(row for row in rows if row["engine"] == "dense")
     assert set(dense["ratio"]) == {"StableMask"}
     peaks = {row["variant"]: row["peak_bytes"] for row in rows if row["group"] == "memory"}
     own = (256 * 16 * 4) * (2 * 2 + 2 * 1)  # q, k, v and the gradient of the output
     assert all(own < peak < 20 * own for peak in peaks.values())
-    assert {row["variant"] for row in rows if row["group"] == "decode"} == {
-        f"decode, {what}, eager, wall clock" for what in ("plain", "StableMask")
-    }
+    steps = {row["role"]: row for row in rows if row["group"] == "decode"}
+    assert list(steps) == [decode.PLAIN, decode.SAME, decode.MOVING, decode.FLOOR]
+    assert set(steps[decode.MOVING]["values"]) == {"us more than plain", "us more than the floor", "of repeated's p80"}
+    assert all(0 < row["check"] < 1e-5 for name, row in steps.items() if name != decode.PLAIN)
     text = next(tmp_path.glob("speed_*.md")).read_text()
     assert "| dense formula |" in text
     assert "| not measured | none |" in text
@@ -88,7 +97,7 @@ def test_a_variant_that_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path, monk
     assert errors["dense formula"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert "nonsense" in errors["the whole case"]
     assert len(errors) == 2
-    assert sum("ms" in row for row in rows) == 6
+    assert sum("ms" in row for row in rows) == 12
     assert "Tried to allocate" in next(tmp_path.glob("speed_*.md")).read_text()
 
 
@@ -173,8 +182,8 @@ def test_targets_are_met_missed_or_not_measured() -> None:
 def test_every_target_names_cases_that_are_planned() -> None:
     """No target stays unmeasured because its filter fits nothing: a planned case fits, at every length."""
     for device, wanted, plan in (
-        ("cuda", targets.GPU, cases.gpu_plan()),
-        ("cpu", targets.CPU, cases.cpu_plan()),
+        ("cuda", targets.ALL["cuda"], cases.gpu_plan()),
+        ("cpu", targets.ALL["cpu"], cases.cpu_plan()),
     ):
         for target in wanted:
             assert target.device == device
@@ -186,7 +195,7 @@ def test_every_target_names_cases_that_are_planned() -> None:
 
 def test_the_plans_name_what_the_library_knows() -> None:
     for case in (*cases.gpu_plan(), *cases.cpu_plan()):
-        known = (*cases.PAIRS, *cases.OURS_ALONE, *cases.BASELINES)
+        known = (*cases.PAIRS, *cases.OURS_ALONE, *cases.BASELINES, *cases.PEERS)
         assert set(case.engines) <= set(known)
         assert case.heads % case.kv_heads == 0
         assert sum(cases.document_lengths(case)) == case.batch * case.length
@@ -198,6 +207,31 @@ def test_the_plans_name_what_the_library_knows() -> None:
     for plan in (cases.gpu_plan(), cases.cpu_plan()):
         names = [case.name for case in plan]
         assert len(set(names)) == len(names)
+
+
+def test_what_takes_long_is_dropped_where_it_does_not_fit() -> None:
+    budget = cli.Budget(1, CPU)
+    assert budget.share(1, flop=59e12 * cli.FIRST_RATE["cpu"]) is not None
+    assert budget.share(1, flop=61e12 * cli.FIRST_RATE["cpu"]) is None
+    budget.spent(
+        0.0, [{"tflops": {"forward": 9.0, "forward+backward": 2 * cli.FIRST_RATE["cpu"]}}, {"tflops": {"forward": 9.0}}, {}]
+    )
+    assert budget.share(1, flop=61e12 * cli.FIRST_RATE["cpu"]) is not None
+
+
+def test_lines_of_a_panel_differ_and_hide_no_point() -> None:
+    rows = [
+        attention_row(n, 1 + i / 10, variant=f"{e}, StableMask", engine=e)
+        for i, e in enumerate(("flash", "cudnn", "varlen", "flex"))
+        for n in (2048, 4096)
+    ]
+    axes = figures.overview([*rows, attention_row(4096, 9.0, engine="flash", head_dim=64)], "cuda").axes[1]
+    lines = [line for line in axes.lines if str(line.get_gid()) != "None"]
+    assert [str(line.get_gid()) for line in lines] == ["cudnn", "flash", "flex", "varlen"]
+    assert len({line.get_color() for line in lines}) == len({str(line.get_marker()) for line in lines}) == 4
+    assert sorted(text.get_text() for text in axes.texts) == ["cudnn", "flash", "flex", "varlen"]
+    assert all(points(line)[:, 0].tolist() == [2048, 4096] for line in lines)
+    assert max(points(line)[:, 1].max() for line in lines) < 1.4, "another head layout is not in the line"
 
 
 def test_flops_are_those_of_the_visible_pairs() -> None:
@@ -214,7 +248,9 @@ def test_flops_are_those_of_the_visible_pairs() -> None:
 @pytest.mark.parametrize("kind", ["causal", "window", "packed", "alibi"])
 def test_gpu_variants_are_built_without_a_gpu(kind: str) -> None:
     """Everything up to the call itself, block masks included, for each engine of the GPU's plan."""
-    engines = dict.fromkeys(engine for case in cases.gpu_plan() if case.kind == kind for engine in case.engines)
+    engines = dict.fromkeys(
+        engine for case in cases.gpu_plan() if (case.group, case.kind) == ("attention", kind) for engine in case.engines
+    )
     assert engines
     case = Case("attention", tuple(engines), 128, 2, kind, head_dim=16, heads=2, kv_heads=2)
     found = variants.variants(variants.setup(case, CPU))
