@@ -82,7 +82,7 @@ def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tup
         lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= call.cu_q[-1], -torch.inf)
         may_be_masked = True
     out, lse = epilogue(out, lse, mass, in_place=True, may_be_masked=may_be_masked, return_lse=return_lse)
-    return out.to(call.q.dtype), lse, state
+    return out if out.dtype == call.q.dtype else out.to(call.q.dtype), lse, state
 
 
 class _Attend(torch.autograd.Function):

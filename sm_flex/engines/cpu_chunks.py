@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sm_flex.engines import Call, Forward, Gradients, State, narrowed, one_head_dim, rows_contiguous
+from sm_flex.engines import Call, Forward, Gradients, State, cpu, narrowed, one_head_dim, rows_contiguous
 from sm_flex.engines.cpu import with_positive_scale
 from sm_flex.epilogue.formula import exp_difference, times_share
 from sm_flex.runtime import cpu_flash_backward_op, cpu_flash_op
@@ -29,6 +29,8 @@ from sm_flex.visibility.bias import banded_bias, bias_block, fully_masked_rows, 
 ROWS, BIAS_ELEMENTS = 512, 1 << 20
 # How many keys a part of the backward has: a part in so many of all keys, but at least so many.
 PARTS, KEYS = 16, 512
+
+refuses = cpu.refuses
 
 
 class Part(NamedTuple):

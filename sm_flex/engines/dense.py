@@ -15,7 +15,7 @@ from sm_flex.engines import Need
 from sm_flex.engines.row_blocks import chained_first_keys, in_row_blocks, plain_first_keys
 from sm_flex.epilogue.remask import remask_by_mass
 from sm_flex.mass.table import Mass
-from sm_flex.runtime import score_dtype
+from sm_flex.runtime import score_dtype, softmax_backward_op
 from sm_flex.visibility.bias import bias_block
 from sm_flex.visibility.rows import VisibleRows, vmap_bhqk
 
@@ -132,6 +132,6 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         grad_weights, grad_lse = grad_outputs
         weights, seen = ctx.saved_tensors
-        grad = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad = softmax_backward_op(grad_weights, weights, -1, weights.dtype)
         # Filled, since 0 * NaN would let a NaN of one row reach the keys that it does not see.
         return grad.addcmul_(weights, grad_lse.unsqueeze(-1)).masked_fill_(~seen, 0.0), None
