@@ -85,9 +85,9 @@ def attend(
             options = {"bias": attn_mask if is_bias else None, "reads": seen if isinstance(seen, Tensor) else None}
             options |= {"score_mod": mask.score_mod, "dropout_p": dropout_p, "aligned": mask.ordered}
             return *dense.attend(q, k, v, mass.tabled(q.shape[2], score_dtype(q)), visible, scale=scale, **options), None
-        rows = cpu_chunks.rows_together(q.shape[2], k.shape[2]) if engine == "cpu" else None
-        if rows is not None:
-            return *cpu_chunks.attend(q, k, v, mass, attn_mask, scale, rows, return_lse=return_lse), None
+        if engine == "cpu" and cpu_chunks.takes(q.shape[2], k.shape[2]):
+            chunk = cpu_chunks.call_of(q, k, v, attn_mask, scale)
+            return *autograd.attend("cpu_chunks", chunk, mass, return_lse=return_lse), None
         bias, causal = MASKED_KERNELS[engine].causality(attn_mask, q, k)
         may_be_masked = causal and q.shape[2] > k.shape[2]
         one_dim = q.shape[-1] == v.shape[-1]

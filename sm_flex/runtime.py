@@ -12,6 +12,7 @@ A new release of torch may move a private name, so all of them stand in this fil
     torch._fused_sdp_choice(...)                                 the SDPBackend that scaled_dot_product_attention would take
     torch.nn.attention.flex_attention._vmap_for_bhqkv            a score_mod over ranges of its indices
     torch.ops.aten._scaled_dot_product_*                         the kernels of scaled_dot_product_attention
+    torch.ops.aten._softmax_backward_data                        the backward of softmax, from its result
     torch.ops.torch_attn._varlen_attn, ..._backward              the kernel of varlen_attn
 """
 
@@ -45,6 +46,7 @@ efficient_backward_op = torch.ops.aten._scaled_dot_product_efficient_attention_b
 cpu_flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_flash_function = torch._scaled_dot_product_flash_attention_for_cpu  # cpu_flash_op for eager code, sooner called
 cpu_flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+softmax_backward_op = torch.ops.aten._softmax_backward_data
 varlen_op = torch.ops.torch_attn._varlen_attn
 varlen_backward_op = torch.ops.torch_attn._varlen_attn_backward
 

@@ -99,8 +99,8 @@ def by_rows(call: CheckedCall, look: Callable[[Tensor, Tensor], Tensor], *column
     result = torch.empty(batch, heads, num_queries, *columns, dtype=log_mass.dtype, device=query.device)
     with torch.no_grad(), no_autocast(query.device):
         score_mod = None if mask is None else mask.score_mod
-        weigh = dense.weights_by_rows(key, rows, log_mass.dtype, scale=scale, score_mod=score_mod)
+        weigh, wide_k = dense.weights_by_rows(rows, scale=scale, score_mod=score_mod), key.to(log_mass.dtype)
         for start, end in dense.row_blocks(batch, heads, num_queries, key.shape[2]):
-            weights, lse = weigh(query[:, :, start:end], start, key.shape[2])
+            weights, lse = weigh(query[:, :, start:end], wide_k, start)
             result[:, :, start:end] = look(weights, real_share_and_lse(lse, log_mass[..., start:end], return_lse=False)[0])
     return result

@@ -102,10 +102,10 @@ def column_shares(
     ordered = mask is None or mask.ordered
     score_mod = None if mask is None else mask.score_mod
     with torch.no_grad(), no_autocast(device):
-        weigh = dense.weights_by_rows(call.key, call.rows, dtype, scale=call.scale, score_mod=score_mod)
+        weigh, wide_k = dense.weights_by_rows(call.rows, scale=call.scale, score_mod=score_mod), call.key.to(dtype)
         for start, end in dense.row_blocks(batch, heads, length, length):
             keys = end if ordered else length
-            weights, lse = weigh(call.query[:, :, start:end], start, keys)
+            weights, lse = weigh(call.query[:, :, start:end], wide_k[:, :, :keys], start)
             share = real_share_and_lse(lse, call.log_mass[..., start:end], return_lse=False)[0]
             weights *= share.unsqueeze(-1)
             real[:, :, start:end] = share

@@ -87,10 +87,10 @@ def sink_rows(
     with torch.no_grad(), no_autocast(call.query.device):
         score_mod = None if call.mask is None else call.mask.score_mod
         q, k, mass = call.query.double(), call.key.double(), call.log_mass.double()
-        weigh = dense.weights_by_rows(k, call.rows, torch.float64, scale=call.scale, score_mod=score_mod)
+        weigh = dense.weights_by_rows(call.rows, scale=call.scale, score_mod=score_mod)
         for first, last in dense.row_blocks(batch, heads, end - start, num_keys):
             at, keys = slice(start + first, start + last), start + last
-            weights, lse = weigh(q[:, :, at], start + first, keys)
+            weights, lse = weigh(q[:, :, at], k[:, :, :keys], start + first)
             whole = torch.logaddexp(lse, mass[..., at].expand_as(lse))
             seen = whole.masked_fill(whole.isneginf(), 0.0)  # a fully masked row has no share, and no others
             real = (lse - seen).exp()

@@ -76,6 +76,7 @@ class Call(NamedTuple):
     causal: the kernel's own flag. may_be_masked: some row may see no key though bias is None.
     window, right: how many keys before and after its own a query of packed documents sees, -1 for all.
     max_q, max_k: the longest documents.
+    attn_mask: of a chunk on a CPU, boolean or floating, (1|B, 1|H, 1|S, 1|T), beside causality.
     """
 
     q: Tensor
@@ -92,6 +93,7 @@ class Call(NamedTuple):
     max_q: int = 0
     max_k: int = 0
     right: int = 0
+    attn_mask: Tensor | None = None
 
 
 class Engine(Protocol):

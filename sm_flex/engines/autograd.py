@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm_flex.engines import Call, Kernel, State, cpu, cudnn, efficient, flash, varlen, varlen_cpu
+from sm_flex.engines import Call, Kernel, State, cpu, cpu_chunks, cudnn, efficient, flash, varlen, varlen_cpu
 from sm_flex.epilogue.remask import epilogue, epilogue_in_place, log_mass_grad, sink_value_grads
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import differentiable, plain_eager
@@ -32,6 +32,7 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": cudnn,
     "efficient": efficient,
     "cpu": cpu,
+    "cpu_chunks": cpu_chunks,
     "varlen": varlen,
     "varlen_cpu": varlen_cpu,
 }
@@ -92,7 +93,7 @@ def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tup
         lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= call.cu_q[-1], -torch.inf)
         may_be_masked = True
     out, lse = epilogue(out, lse, mass, in_place=True, may_be_masked=may_be_masked, return_lse=return_lse)
-    return out, lse, state
+    return out if out.dtype == call.q.dtype else out.to(call.q.dtype), lse, state
 
 
 class _Attend(torch.autograd.Function):
@@ -104,7 +105,7 @@ class _Attend(torch.autograd.Function):
             mass = mass._replace(cu_seqlens=call.cu_q)
         out, lse, state = forward(engine, _with_cu_k(call), mass)
         out_BSHD = out.transpose(1, 2)
-        ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None)
+        ctx.engine, ctx.call = engine, call._replace(q=None, k=None, v=None, bias=None, cu_q=None, cu_k=None, attn_mask=None)
         ctx.save_for_backward(*inputs, out_BSHD, lse, *state)
         ctx.set_materialize_grads(False)
         return (out_BSHD, lse) if return_lse else out_BSHD

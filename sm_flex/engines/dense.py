@@ -6,15 +6,16 @@ the length would compile anew for each length.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sm_flex.engines import Need
-from sm_flex.engines.row_blocks import in_row_blocks
+from sm_flex.engines.row_blocks import chained_first_keys, in_row_blocks, plain_first_keys
 from sm_flex.epilogue.remask import remask_by_mass
 from sm_flex.mass.table import Mass
-from sm_flex.runtime import score_dtype
+from sm_flex.runtime import score_dtype, softmax_backward_op
 from sm_flex.visibility.bias import bias_block
 from sm_flex.visibility.rows import VisibleRows, vmap_bhqk
 
@@ -49,25 +50,30 @@ def attend(
     batch, heads, num_rows, _ = q_BHSD.shape
     kv_heads, num_keys = k_BHTD.shape[1:3]
     dtype = score_dtype(q_BHSD)
-    wide_v = v_BHTD.to(dtype)
-    weigh = weights_by_rows(k_BHTD, visible, dtype, scale=scale, bias=bias, score_mod=score_mod)
+    wide_k, wide_v = k_BHTD.to(dtype), v_BHTD.to(dtype)
+    weigh = weights_by_rows(visible, scale=scale, bias=bias, score_mod=score_mod)
 
-    def block(q_block: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    spans = row_blocks(batch, heads, num_rows, num_keys)
+    first_keys = chained_first_keys if len(spans) > 1 else plain_first_keys
+
+    def block(q_block: Tensor, k: Tensor, v: Tensor, start: int, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = q_block.shape[2]
         keys = min(max(1, start + rows + num_keys - num_rows), num_keys) if aligned else num_keys
-        weights, lse = weigh(q_block, start, keys)
+        k_part, k = first_keys(k, keys)
+        weights, lse = weigh(q_block, k_part, start)
         if dropout_p > 0:
             weights = torch.dropout(weights, dropout_p, train=True)
         grouped = weights.reshape(batch, kv_heads, heads // kv_heads * rows, keys)
-        out = (grouped @ wide_v[:, :, :keys]).reshape(batch, heads, rows, v_BHTD.shape[-1])
+        # Here and not beside k's: the backward is done with the gradient of v_part before it makes others.
+        v_part, v = first_keys(v, keys)
+        out = (grouped @ v_part).reshape(batch, heads, rows, v_BHTD.shape[-1])
         out, lse = remask_by_mass(out, lse, mass.rows(start, start + rows))
-        return out.to(q_BHSD.dtype), lse
+        return out.to(q_BHSD.dtype), lse, k, v
 
-    spans = row_blocks(batch, heads, num_rows, num_keys)
     if len(spans) == 1:
-        return block(q_BHSD, 0)
-    read = (k_BHTD, v_BHTD, bias, reads, mass.sink_HS, mass.sink_value_HD)
-    return in_row_blocks(block, q_BHSD, spans[0][1], *read, preserve_rng=dropout_p > 0)
+        return block(q_BHSD, wide_k, wide_v, 0)[:2]
+    read = (bias, reads, mass.sink_HS, mass.sink_value_HD)
+    return in_row_blocks(block, q_BHSD, wide_k, wide_v, spans[0][1], *read, preserve_rng=dropout_p > 0)
 
 
 def row_blocks(batch: int, heads: int, num_rows: int, num_keys: int) -> list[tuple[int, int]]:
@@ -81,39 +87,51 @@ def row_blocks(batch: int, heads: int, num_rows: int, num_keys: int) -> list[tup
 
 
 def weights_by_rows(
-    k: Tensor,
-    visible: VisibleRows,
-    dtype: torch.dtype,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
-) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+    visible: VisibleRows, *, scale: float, bias: Tensor | None = None, score_mod: Callable[..., Tensor] | None = None
+) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """A function that computes ordinary attention's weights for a block of rows, before any mass.
 
-    It takes (rows of q, the first of them, K) and returns the weights (B, H, rows, K) of the first K keys and
-    lse (B, H, rows). A fully masked row has weights 0 and lse -inf.
+    It takes (rows of q, the first K keys in the dtype of the scores, the first of the rows) and returns the
+    weights (B, H, rows, K) and lse (B, H, rows). A fully masked row has weights 0 and lse -inf.
     """
-    batch, kv_heads = k.shape[:2]
-    wide_k = k.to(dtype)
     if score_mod is not None:
         score_mod = vmap_bhqk(score_mod, scored=True)
 
-    def weigh(q_block: Tensor, start: int, keys: int) -> tuple[Tensor, Tensor]:
-        heads, rows, dim = q_block.shape[1:]
-        end = start + rows
+    def weigh(q_block: Tensor, k_part: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        batch, heads, rows, dim = q_block.shape
+        kv_heads, keys = k_part.shape[1:3]
+        end, device, dtype = start + rows, k_part.device, k_part.dtype
         grouped = (q_block.to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-        scores = (grouped @ wide_k[:, :, :keys].transpose(-1, -2)).reshape(batch, heads, rows, keys)
+        scores = (grouped @ k_part.transpose(-1, -2)).reshape(batch, heads, rows, keys)
         if bias is not None:
             scores = scores + bias_block(bias, start, end, keys)
         if score_mod is not None:
-            b, h, kv = [torch.arange(n, device=k.device) for n in (batch, heads, keys)]
-            scores = score_mod(scores, b, h, torch.arange(start, end, device=k.device), kv).to(dtype)
-        scores = torch.where(visible(start, end)[..., :keys], scores, -torch.inf)
-        masked = torch.isneginf(scores).all(-1)
-        scores = scores.masked_fill(masked.unsqueeze(-1), 0.0)
-        weights = torch.softmax(scores, dim=-1).masked_fill(masked.unsqueeze(-1), 0.0)
-        lse = torch.logsumexp(scores, dim=-1).masked_fill(masked, -torch.inf)
-        return weights, lse
+            b, h, kv = [torch.arange(n, device=device) for n in (batch, heads, keys)]
+            scores = score_mod(scores, b, h, torch.arange(start, end, device=device), kv).to(dtype)
+        return _Softmax.apply(scores, visible(start, end)[..., :keys])
 
     return weigh
+
+
+class _Softmax(torch.autograd.Function):
+    """Weights and log-sum-exp of the visible scores, of which the backward needs the weights alone.
+
+    Autograd would keep five more tensors of their size, and need three more in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.where(seen, scores, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        # The softmax of a fully masked row is NaN.
+        weights = torch.softmax(scores, dim=-1).masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
+        ctx.save_for_backward(weights, seen)
+        return weights, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad_weights, grad_lse = grad_outputs
+        weights, seen = ctx.saved_tensors
+        grad = softmax_backward_op(grad_weights, weights, -1, weights.dtype)
+        # Filled, since 0 * NaN would let a NaN of one row reach the keys that it does not see.
+        return grad.addcmul_(weights, grad_lse.unsqueeze(-1)).masked_fill_(~seen, 0.0), None
