@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink, check_sink_value
-from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.cache import cached_table, find_table
+from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
 from sm_flex.mass.table import Mass
 from sm_flex.runtime import HAS_TRITON, device_type, differentiable, plain_eager, readable, watched
 
@@ -94,9 +94,9 @@ class StableMask:
         cu_seqlens = cu_seqlens if self.positions is None else None
         columns = heads if heads_last and heads is not None else 0
         if self.sink is None:
-            if not planned and HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32:
-                if not differentiable(gamma):
-                    return Mass(None, gamma, self.positions, cu_seqlens, length)
+            in_kernel = not planned and HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32
+            if in_kernel and not differentiable(gamma):
+                return Mass(None, gamma, self.positions, cu_seqlens, length)
             return Mass(table_of(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype, columns))
         sink = self.sink if planned else self._on(device, "sink", self.sink)
         if plain_eager() and self._has_no_gamma():  # the sink is all the mass there is

@@ -176,7 +176,8 @@ def gradients(
         assert mass.log_mass_HS is not None
         grads[4] = log_mass_grad(grad_out, out, lse, mass.log_mass_HS, grad_lse)
     if needs_sink or needs_value:
-        assert mass.sink_HS is not None and mass.sink_value_HD is not None
+        assert mass.sink_HS is not None
+        assert mass.sink_value_HD is not None
         grads[5], grads[6] = sink_value_grads(grad_out, lse, mass.sink_HS, mass.sink_value_HD)
     if call.bias is not None or call.may_be_masked:
         # A fully masked row without mass has lse' = -inf: exp(score - lse') must be 0 there, not NaN.

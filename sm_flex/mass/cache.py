@@ -76,12 +76,12 @@ def cached_table(
         memory of that kernel's lse, (S, H), since sums of the two are slow where their memory differs.
     """
     inputs = (gamma, positions, cu_seqlens, sink)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        if gamma.device.type == "cpu" and not differentiable(gamma, sink):
-            return torch.ops.sm_flex.log_mass_table(*inputs, length, num_queries, heads, dtype)
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiling and gamma.device.type == "cpu" and not differentiable(gamma, sink):
+        return torch.ops.sm_flex.log_mass_table(*inputs, length, num_queries, heads, dtype)
     # Not cached in a trace, which would hold the table as a constant; nor under a dispatch mode, since
     # selective checkpointing needs the same operations in each run.
-    if not plain_eager() or not all([x is None or readable(x) for x in inputs]):
+    if not plain_eager() or not all(x is None or readable(x) for x in inputs):
         return _computed(*inputs, length, num_queries, dtype, heads)
     return find_table(*inputs, length, num_queries, dtype, heads)
 

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 import sm_flex
 from sm_flex import headwise_gamma, log_mass, stablemask
-from sm_flex.mass.closed_form import log_mass_table
 from sm_flex.mass.cache import cached_table
+from sm_flex.mass.closed_form import log_mass_table
 
 GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
 LENGTHS = [1, 2, 5, 100, 131072]

@@ -44,7 +44,8 @@ def test_the_second_call_is_equation_11_too(rows: int, entry: str, kind: str, le
     def run(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, *sink: Tensor) -> tuple[Tensor, Tensor | None]:
         if kind == "sink alone" or not learned:
             gamma = gamma.detach()
-        mask = stablemask(gamma, length=40, positions=positions, sink=sink[0] if sink else None, sink_value=sink[1] if sink[1:] else None)
+        level, value = [*sink, None, None][:2]
+        mask = stablemask(gamma, length=40, positions=positions, sink=level, sink_value=value)
         if entry == "sdpa":
             return scaled_dot_product_attention(q, k, v, is_causal=rows > 1, score_mod=mask, enable_gqa=True), None
         if entry == "flex":
