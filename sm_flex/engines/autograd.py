@@ -77,7 +77,8 @@ def attend_planned(
         out, lse = _Planned.apply(causal, scale, q, k, v, log_mass, *(() if value is None else (sink, value)))
         return out, lse if return_lse else None
     out, lse = cpu.attention(q, k, v, causal, scale)
-    return epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=return_lse)
+    out, lse = epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=return_lse)
+    return out, lse if return_lse else None
 
 
 def forward(engine: str, call: Call, mass: Mass, return_lse: bool = True) -> tuple[Tensor, Tensor | None, State]:
