@@ -67,7 +67,7 @@ def test_layers_that_differ_are_read_each(read: list[int | None]) -> None:
 def test_a_setting_or_positions_that_change_between_forwards_are_noticed(read: list[int | None]) -> None:
     model, ids, positions = model_of(CONFIGS["llama"]()), tokens(1, 9), torch.arange(9)[None]
     first = logits(model, ids, position_ids=positions)
-    model.config.stablemask["length"] = LENGTH + 40  # pyright: ignore[reportAttributeAccessIssue]
+    model.config.stablemask = {"gamma": "headwise", "length": LENGTH + 40}
     longer = logits(model, ids, position_ids=positions)
     assert (longer - first).abs().max() > 1e-4
     config = CONFIGS["llama"]()
