@@ -71,6 +71,11 @@ def attend(
     options: Any
     with no_autocast(q.device):
         engine = choose.choose(need)
+        if kind is not None and engine == "cpu" and _can_have_a_plan(q, k, v, scale, dropout_p):
+            # This call goes the way of the next ones: a checkpointed layer that runs again must save what it saved.
+            plan = plans.Plan(q.shape[2] > 1, scale, score_dtype(q), *q.shape[1:3], k.shape[2])
+            plans.keep(kind, plan)
+            return *attend_planned(q, k, v, mask, plan, return_lse=return_lse), None
         in_order = {"heads": q.shape[1], "heads_last": engine == "cpu"}
         mass = mask.mass(q.device, q.shape[2], k.shape[2], score_dtype(q), **in_order)
         if engine == "flex":
@@ -90,11 +95,13 @@ def attend(
             return *autograd.attend("cpu_chunks", chunk, mass, return_lse=return_lse), None
         bias, causal = MASKED_KERNELS[engine].causality(attn_mask, q, k)
         may_be_masked = causal and q.shape[2] > k.shape[2]
-        one_dim = q.shape[-1] == v.shape[-1]
-        if kind is not None and engine == "cpu" and bias is None and not (may_be_masked or dropout_p) and scale > 0 and one_dim:
-            plans.keep(kind, plans.Plan(causal, scale, score_dtype(q), *q.shape[1:3], k.shape[2]))
         call = Call(q, k, v, bias, None, None, causal, scale, dropout_p, may_be_masked)
         return *autograd.attend(engine, call, mass, return_lse=return_lse), None
+
+
+def _can_have_a_plan(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> bool:
+    """Whether one kernel of a CPU takes the call without a bias, and no row is fully masked."""
+    return q.shape[2] in (1, k.shape[2]) and q.shape[-1] == v.shape[-1] and scale > 0 and not dropout_p
 
 
 def attend_planned(

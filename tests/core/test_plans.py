@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from sm_flex import StableMask, flex_attention, headwise_gamma, plans, scaled_dot_product_attention, stablemask
 from sm_flex.mass import cache
@@ -97,6 +98,20 @@ def test_a_plan_serves_any_number_of_keys():
     assert len(plans._PLANS) == 2
     with pytest.raises(ValueError, match="value must have"):
         scaled_dot_product_attention(q, k, v[:, :, :7], score_mod=mask)
+
+
+@pytest.mark.parametrize("entry", [flex_attention, scaled_dot_product_attention])
+def test_a_checkpointed_layer_saves_the_same_when_it_runs_again(entry: Callable[..., Tensor]):
+    """Though its first run had no plan, and its second one has."""
+    inputs = leaves(2, HEADS, 9, 8)
+    options: dict[str, Any] = {"is_causal": True} if entry is scaled_dot_product_attention else {}
+    mask = stablemask(headwise_gamma(HEADS), length=40)
+    out = checkpoint(lambda q, k, v: entry(q, k, v, score_mod=mask, **options), *inputs, use_reentrant=False)
+    grads = torch.autograd.grad(out.sum(), inputs)  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(plans._PLANS) == 1
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(entry(*inputs, score_mod=mask, **options).sum(), inputs), rtol=0, atol=0
+    )
 
 
 def test_values_are_looked_at_each_time():

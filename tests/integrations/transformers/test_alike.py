@@ -101,3 +101,17 @@ def test_nothing_is_kept_beyond_a_forward(read: list[int | None]) -> None:
     for _ in range(2):  # called by itself, no hook says when it ends
         layer(hidden, position_embeddings=angles, attention_mask=None, position_ids=positions)
     assert read == [0, 1, 1]
+
+
+def test_a_checkpointed_layer_is_read_when_it_runs_again(read: list[int | None]) -> None:
+    """In the backward, where no forward runs: what it then saves must be what it saved."""
+    model, ids = model_of(CONFIGS["llama"]()).train(), tokens(2, 9)
+    grads = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids, use_cache=False).loss.backward()  # pyright: ignore
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert read == [0, 0, 1, 0]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
