@@ -73,7 +73,7 @@ def attend(
         engine = choose.choose(need)
         if kind is not None and engine == "cpu" and _can_have_a_plan(q, k, v, scale, dropout_p):
             # This call goes the way of the next ones: a checkpointed layer that runs again must save what it saved.
-            plan = plans.Plan(q.shape[2] > 1, scale, score_dtype(q), *q.shape[1:3], k.shape[2])
+            plan = plans.Plan(q.shape[2] > 1, scale, score_dtype(q), q.shape[1], q.shape[2], k.shape[2])
             plans.keep(kind, plan)
             return *attend_planned(q, k, v, mask, plan, return_lse=return_lse), None
         in_order = {"heads": q.shape[1], "heads_last": engine == "cpu"}

@@ -44,7 +44,8 @@ cudnn_backward_op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 efficient_op = torch.ops.aten._scaled_dot_product_efficient_attention
 efficient_backward_op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 cpu_flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-cpu_flash_function = torch._scaled_dot_product_flash_attention_for_cpu  # cpu_flash_op for eager code, sooner called
+# cpu_flash_op for eager code, sooner called.
+cpu_flash_function = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 cpu_flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 softmax_backward_op = torch.ops.aten._softmax_backward_data
 varlen_op = torch.ops.torch_attn._varlen_attn

@@ -32,7 +32,7 @@ def recall(
 
     given: all else that the layer hands its attention.
     """
-    if attention_mask is not None or torch.compiler.is_compiling():
+    if attention_mask is not None or position_ids is None or torch.compiler.is_compiling():
         return None
     read = forwards.read_by_a_layer()
     if (

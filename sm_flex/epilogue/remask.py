@@ -181,10 +181,9 @@ def epilogue(
         return epilogue_in_place(out, lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
     if compiling and not torch.compiler.is_exporting() and out.device.type == "cpu":
         return torch.ops.sm_flex.epilogue_cpu(out, lse, mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD, may_be_masked)
-    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
-    if sink_share is None:
+    share, new_lse, value = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    if value is None:
         return times_share(out, share, lse, may_be_masked=may_be_masked), new_lse
-    value = (sink_share, mass.sink_value_HD)
     return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
 
 
@@ -196,15 +195,14 @@ def epilogue_in_place(
     Every row is written. The GPU kernel skips rows that s leaves unchanged; on a CPU finding them takes longer (to
     S = 4k).
     """
-    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
-    if sink_share is not None and out.dtype != share.dtype:
-        value = (sink_share, mass.sink_value_HD)
+    share, new_lse, value = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=return_lse)
+    if value is not None and out.dtype != share.dtype:
         return times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked), new_lse
     out.mul_((share if share.dtype == out.dtype else share.to(out.dtype)).unsqueeze(-1))
     if may_be_masked:
         out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
-    if sink_share is not None and mass.sink_value_HD is not None:
-        out.addcmul_(sink_share.unsqueeze(-1), mass.sink_value_HD.unsqueeze(-2))
+    if value is not None:
+        out.addcmul_(value[0].unsqueeze(-1), value[1].unsqueeze(-2))
     return out, new_lse
 
 
@@ -219,14 +217,13 @@ def _epilogue_op(
 ) -> tuple[Tensor, Tensor]:
     """epilogue() in compiled code, for which Inductor would build C++: a program's first kernel takes it some ten seconds."""
     mass = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value)
-    share, new_lse, sink_share = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=True)
+    share, new_lse, value = _shares(lse, mass, may_be_masked=may_be_masked, return_lse=True)
     assert new_lse is not None
-    if sink_share is None:
+    if value is None:
         new_out = torch.mul(out, share.unsqueeze(-1).to(out.dtype), out=torch.empty_like(out))
         if may_be_masked:
             new_out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
     else:
-        value = (sink_share, mass.sink_value_HD)
         new_out = times_share_plus_value(out, share, lse, *value, may_be_masked=may_be_masked)
     # Compiled code counts on the layouts of the fake tensors.
     return _laid_out_as(new_out, out), _laid_out_as(new_lse, lse)
@@ -242,15 +239,17 @@ def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == empty.stride() else empty.copy_(x)
 
 
-def _shares(lse: Tensor, mass: Mass, *, may_be_masked: bool, return_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s, lse' where it is needed, and p_sink where the sink carries a value."""
-    log_mass, sink = mass.log_mass_HS, mass.sink_HS
+def _shares(
+    lse: Tensor, mass: Mass, *, may_be_masked: bool, return_lse: bool
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """s, lse' where it is needed, and where the sink carries a value p_sink and that value."""
+    log_mass, sink, value = mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD
     assert log_mass is not None, "a Mass that is a table"
-    with_value = sink is not None and mass.sink_value_HD is not None
-    share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse or with_value)
-    if sink is None or not with_value or new_lse is None:
-        return share, new_lse, None
-    return share, new_lse, exp_difference(sink, new_lse)
+    if sink is None or value is None:
+        return *real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked, return_lse=return_lse), None
+    share, new_lse = real_share_and_lse(lse, log_mass, may_be_masked=may_be_masked)
+    assert new_lse is not None
+    return share, new_lse, (exp_difference(sink, new_lse), value)
 
 
 def log_mass_grad(grad_out: Tensor, out: Tensor, lse: Tensor, log_mass: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -126,7 +126,7 @@ def find_table(
 
 def _row(position: Tensor, inputs: Any, known: Key) -> Tensor:
     """The row (1|H, 1) at one position."""
-    place = position.item()
+    place = int(position.item())
     start = place // BLOCK * BLOCK
     kept = _TABLES.by_key.get((*known, start, BLOCK))
     if kept is None:
@@ -197,14 +197,15 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     schema="(Tensor gamma, Tensor? positions, Tensor? cu_seqlens, Tensor? sink, SymInt length, SymInt num_queries, "
     "SymInt heads, ScalarType dtype) -> Tensor",
 )
-def _table_op(*inputs: Any) -> Tensor:
+def _table_op(*arguments: Any) -> Tensor:
     """cached_table() for compiled code, which would compute the logarithms anew in each call."""
-    *tensors, length, num_queries, heads, dtype = inputs
+    gamma, positions, cu_seqlens, sink, length, num_queries, heads, dtype = arguments
+    inputs = (gamma, positions, cu_seqlens, sink, length, num_queries, dtype, heads)
     # A tracer that folds constants runs the op itself, while is_compiling() is true. In a compiled call the
     # result is a copy, since compiled code may write to what an op returns.
     if torch.compiler.is_compiling():
-        return _computed(*tensors, length, num_queries, dtype, heads)
-    table = _heads_last(cached_table(*tensors, length, num_queries, dtype, heads), heads)
+        return _computed(*inputs)
+    table = _heads_last(cached_table(*inputs), heads)
     return table.clone() if heads else table.clone(memory_format=torch.contiguous_format)
 
 

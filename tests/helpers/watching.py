@@ -40,9 +40,10 @@ class Largest(TorchDispatchMode):
 
 @contextmanager
 def engines_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The engines that autograd.attend was given; dense and flex do without it."""
+    """The engines that autograd.attend was given; dense and flex do without it. A call that has a plan is one of "cpu"."""
     names: list[str] = []
-    attend = autograd.attend
+    attend, planned = autograd.attend, autograd.attend_planned
     with monkeypatch.context() as patch:
+        patch.setattr(autograd, "attend_planned", lambda *args: names.append("cpu") or planned(*args))
         patch.setattr(autograd, "attend", lambda engine, *args, **kw: names.append(engine) or attend(engine, *args, **kw))
         yield names
