@@ -11,6 +11,7 @@ CUDA    bf16, fp16, fp32                     flash, cuDNN or efficient: what tor
                                              measured yet
 CUDA    packed, bf16 and fp16                varlen: not measured yet, and the only one that takes them
 CPU     all that PyTorch's flash op takes    cpu: at S = 1k the formula of the paper takes 5.6 times as long
+        (dispatch.py sends a long chunk against more keys to cpu_chunks: half of a bias's time)
 CPU     packed                               varlen_cpu: the same op, for one document or one block of a window after another
 any     everything else: other devices,      dense: the only one that takes them
         float64 on CUDA; on a CPU score_mods,
