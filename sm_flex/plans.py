@@ -9,15 +9,13 @@ depends on values is looked at each time: positions where log M is found (mass/c
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
 from sm_flex import runtime
-from sm_flex.runtime import flash_sdp_enabled, plain_eager, transforms_active
+from sm_flex.runtime import PLAIN_TENSORS, flash_sdp_enabled, plain_eager, transforms_active
 from sm_flex.score_mod import StableMask
 
 Kind: TypeAlias = tuple[Any, ...]
 
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 PLAIN_SCALES = (float, type(None))
 MAX_PLANS = 1024
 

@@ -34,6 +34,9 @@ HAS_TRITON = torch.version.cuda is not None and find_spec("triton") is not None
 # another.
 KERNEL_DEVICE = "cuda"
 
+# Of no subclass, which may not hold its values.
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
 vmap_bhqkv = _vmap_for_bhqkv
 flash_sdp_enabled = torch._C._get_flash_sdp_enabled
 transforms_active = torch._C._are_functorch_transforms_active
@@ -66,7 +69,7 @@ def readable(x: Tensor) -> bool:
     """Whether the values of x can be looked at without a graph break or a host synchronisation."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
+    return type(x) in PLAIN_TENSORS and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
 
 
 def watched() -> bool:

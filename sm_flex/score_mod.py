@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from sm_flex.checks.mask import check_gamma, check_length, check_positions, check_sink, check_sink_value
-from sm_flex.mass.cache import cached_table, find_table
-from sm_flex.mass.closed_form import largest_pseudo_score, row_positions
+from sm_flex.checks.mask import check_gamma, check_length, check_position_values, check_positions, check_sink, check_sink_value
+from sm_flex.mass.cache import Inputs, cached_table, find_table
+from sm_flex.mass.closed_form import largest_pseudo_score, row_positions, sink_by_rows
 from sm_flex.mass.table import Mass
-from sm_flex.runtime import HAS_TRITON, device_type, differentiable, plain_eager, readable, watched
+from sm_flex.runtime import HAS_TRITON, PLAIN_TENSORS, device_type, differentiable, plain_eager, readable, watched
 
 
 class ScoreMod(Protocol):
@@ -97,18 +97,20 @@ class StableMask:
             in_kernel = not planned and HAS_TRITON and device_type(device) == "cuda" and dtype == torch.float32
             if in_kernel and not differentiable(gamma):
                 return Mass(None, gamma, self.positions, cu_seqlens, length)
-            return Mass(table_of(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype, columns))
+            return Mass(table_of(Inputs(gamma, self.positions, cu_seqlens, None, length, num_queries, dtype), columns))
         sink = self.sink if planned else self._on(device, "sink", self.sink)
         if plain_eager() and self._has_no_gamma():  # the sink is all the mass there is
-            rows = _by_rows(sink, dtype)
+            if self.positions is not None:
+                check_position_values(self.positions)
+            rows = sink_by_rows(sink, dtype)
             table = rows.expand(*rows.shape[:-1], num_queries)
         else:
-            table = table_of(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype, columns)
+            table = table_of(Inputs(gamma, self.positions, cu_seqlens, sink, length, num_queries, dtype), columns)
         if self.sink_value is None or heads is None:
             return Mass(table)
         value, groups = self.sink_value.to(dtype), heads // self.sink_value.shape[0]
         value_HD = value if groups == 1 else value.repeat_interleave(groups, dim=0)
-        return Mass(table, sink_HS=_by_rows(sink, dtype), sink_value_HD=value_HD)
+        return Mass(table, sink_HS=sink_by_rows(sink, dtype), sink_value_HD=value_HD)
 
     def _has_no_gamma(self) -> bool:
         """gamma is the number inf. Asked of a number alone: to read a tensor of the user's may wait for a device."""
@@ -119,7 +121,7 @@ class StableMask:
     def kind(self) -> tuple[Any, ...] | None:
         """What the checks of a call look at in a mask of plain tensors on the CPU (plans.py); None for any other mask."""
         tensors = [self.gamma, self.positions, self.sink, self.sink_value]
-        plain = [x is None or (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)) for x in tensors]
+        plain = [x is None or (x.is_cpu and type(x) in PLAIN_TENSORS) for x in tensors]
         if self.score_mod is not None or not self.ordered or not all(plain):
             return None
         return (self.length, *[None if x is None else x.shape for x in tensors])
@@ -219,11 +221,6 @@ def stablemask(
     if sink_value is not None:
         check_sink_value(sink_value, sink)
     return StableMask(gamma, length, positions, score_mod, sink, ordered, sink_value)
-
-
-def _by_rows(sink: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sink as a table of log M is, (1|H, 1|S) or (1|B, 1|H, 1|S)."""
-    return (sink.reshape(-1, 1) if sink.dim() < 2 else sink).to(dtype)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -80,18 +80,18 @@ def stablemask_attention(
             alike.remember(module, query, key, position_ids, given, mask)
     else:
         mask = layer_masks.make(asked or PLAIN, rows.positions, query, key.shape[2], _soft_capping(softcap))
+    return _attend(query, key, value, mask, scaling, allowed, dropout), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: StableMask, scaling: float | None,
+    allowed: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """(B, S, H, D)"""
     out = scaled_dot_product_attention(
         query, key, value,
         attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None and query.shape[2] > 1, scale=scaling, enable_gqa=True,
         score_mod=mask,
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: StableMask, scaling: float | None) -> Tensor:
-    """(B, S, H, D) of plain causal attention with a mass."""
-    out = scaled_dot_product_attention(
-        query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True, score_mod=mask
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
 

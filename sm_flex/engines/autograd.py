@@ -74,7 +74,7 @@ def attend_planned(
     """attend() of a call that has a plan, by a Mass that is a table."""
     log_mass, sink, value = mass.log_mass_HS, mass.sink_HS, mass.sink_value_HD
     if differentiable(q, k, v, log_mass, value):
-        out, lse = _Planned.apply(causal, scale, q, k, v, log_mass, *(() if value is None else (sink, value)))
+        out, lse = _Planned.apply(causal, scale, q, k, v, log_mass, sink, value)
         return out, lse if return_lse else None
     out, lse = cpu.attention(q, k, v, causal, scale)
     out, lse = epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=return_lse)
@@ -132,13 +132,14 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, *sink: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor,
+        log_mass: Tensor, sink: Tensor | None, sink_value: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out, lse = cpu.attention(q, k, v, causal, scale)
-        mass = Mass(log_mass) if not sink else Mass(log_mass, sink_HS=sink[0], sink_value_HD=sink[1])
+        mass = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value)
         out, lse = epilogue_in_place(out, lse, mass, may_be_masked=False, return_lse=True)
         ctx.causal, ctx.scale = causal, scale
-        ctx.save_for_backward(q, k, v, log_mass, *sink, out, lse)
+        ctx.save_for_backward(q, k, v, log_mass, sink, sink_value, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -147,13 +148,12 @@ class _Planned(torch.autograd.Function):
         grad_out, grad_lse = grad_outputs
         if grad_out is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
-        q, k, v, log_mass, *sink, out, lse = ctx.saved_tensors
-        mass = Mass(log_mass) if not sink else Mass(log_mass, sink_HS=sink[0], sink_value_HD=sink[1])
-        _, _, needs_q, needs_k, needs_v, needs_mass, *needs_sink = ctx.needs_input_grad
-        needs = [needs_q, needs_k, needs_v, False, needs_mass, *(needs_sink or (False, False))]
+        q, k, v, log_mass, sink, sink_value, out, lse = ctx.saved_tensors
+        mass = Mass(log_mass, sink_HS=sink, sink_value_HD=sink_value)
+        needs = [*ctx.needs_input_grad[2:5], False, *ctx.needs_input_grad[5:]]
         call = Call(q, k, v, None, None, None, ctx.causal, ctx.scale)
         dq, dk, dv, _, *of_mass = gradients("cpu", call, mass, Found(out, lse, ()), grad_out, grad_lse, needs)
-        return None, None, dq, dk, dv, *of_mass[: 1 + len(sink)]
+        return None, None, dq, dk, dv, *of_mass
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sm_flex.checks.mask import check_position_values
-from sm_flex.mass.closed_form import log_add, log_mass_table
+from sm_flex.mass.closed_form import log_add, log_mass_table, sink_by_rows
 from sm_flex.runtime import differentiable, plain_eager, readable
 
 # The elements that all tables together may have, and how many tables there may be.
@@ -60,71 +60,64 @@ class _Tables:
 _TABLES = _Tables()
 
 
-def cached_table(
-    gamma: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sink: Tensor | None,
-    length: int,
-    num_queries: int,
-    dtype: torch.dtype,
-    heads: int = 0,
-) -> Tensor:
-    """log_mass_table of the arguments, with the positions checked. Treat the result as read-only.
+class Inputs(NamedTuple):
+    """What log_mass_table is given, in its order."""
+
+    gamma: Tensor
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+    sink: Tensor | None
+    length: int
+    num_queries: int
+    dtype: torch.dtype
+
+
+def cached_table(inputs: Inputs, heads: int = 0) -> Tensor:
+    """log_mass_table of the inputs, with the positions checked. Treat the result as read-only.
 
     heads: H where the table is for PyTorch's flash attention for CPUs, else 0: it then has H heads and the
         memory of that kernel's lse, (S, H), since sums of the two are slow where their memory differs.
     """
-    inputs = (gamma, positions, cu_seqlens, sink)
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiling and gamma.device.type == "cpu" and not differentiable(gamma, sink):
-        return torch.ops.sm_flex.log_mass_table(*inputs, length, num_queries, heads, dtype)
+    if compiling and inputs.gamma.device.type == "cpu" and not differentiable(inputs.gamma, inputs.sink):
+        return torch.ops.sm_flex.log_mass_table(*inputs, heads)
     # Not cached in a trace, which would hold the table as a constant; nor under a dispatch mode, since
     # selective checkpointing needs the same operations in each run.
-    if not plain_eager() or not all(x is None or readable(x) for x in inputs):
-        return _computed(*inputs, length, num_queries, dtype, heads)
-    return find_table(*inputs, length, num_queries, dtype, heads)
+    if not plain_eager() or not all(x is None or readable(x) for x in inputs[:4]):
+        return _computed(inputs, heads)
+    return find_table(inputs, heads)
 
 
-def find_table(
-    gamma: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sink: Tensor | None,
-    length: int,
-    num_queries: int,
-    dtype: torch.dtype,
-    heads: int,
-) -> Tensor:
+def find_table(inputs: Inputs, heads: int) -> Tensor:
     """cached_table() for tensors whose values can be read, where nothing looks on."""
-    learned = torch.is_grad_enabled() and (gamma.requires_grad or (sink is not None and sink.requires_grad))
-    if learned and gamma.requires_grad:
-        return _computed(gamma, positions, cu_seqlens, sink, length, num_queries, dtype, heads)
-    if sink is not None and (learned or sink.dim() > 1):
-        alone = find_table(gamma, positions, cu_seqlens, None, length, num_queries, torch.float64, 0)
-        return _heads_last(_with_sink(alone, sink).to(dtype), heads)
-    of_gamma: Any = gamma.tolist() if gamma.dim() == 0 else tuple(gamma.tolist())
-    of_sink: Any = None
-    if sink is not None:
-        of_sink = sink.tolist() if sink.dim() == 0 else tuple(sink.tolist())
+    gamma, positions, cu_seqlens, sink, length, num_queries, dtype = inputs
+    if differentiable(gamma):
+        return _computed(inputs, heads)
+    if sink is not None and (sink.dim() > 1 or differentiable(sink)):
+        alone = find_table(inputs._replace(sink=None, dtype=torch.float64), 0)
+        return _heads_last(log_add(alone, sink_by_rows(sink, torch.float64)).to(dtype), heads)
+    known = (_values(gamma), None if sink is None else _values(sink), length, dtype)
     if num_queries == 1 and positions is not None and 0 < positions.numel() <= FEW:
-        inputs, known = (gamma, sink, length, dtype), (of_gamma, of_sink, length, dtype)
         few = _row(positions, inputs, known) if positions.numel() == 1 else _few_rows(positions, inputs, known)
         if few is not None:
             return few
     shape = None if positions is None else positions.shape
-    key = (of_gamma, of_sink, length, dtype, num_queries, shape, cu_seqlens is None, heads)
+    key = (*known, num_queries, shape, cu_seqlens is None, heads)
     kept = _TABLES.by_key.get(key)
     if kept is not None and _same(kept.positions, positions) and _same(kept.cu_seqlens, cu_seqlens):
         return kept.table
     with torch.inference_mode(False), torch.no_grad():
         places, bounds = [None if x is None else x.detach().clone() for x in (positions, cu_seqlens)]
-        table = _computed(gamma, places, bounds, sink, length, num_queries, dtype, heads)
+        table = _computed(inputs._replace(positions=places, cu_seqlens=bounds), heads)
     _TABLES.add(key, _Kept(places, bounds, table))
     return table
 
 
-def _row(position: Tensor, inputs: Any, known: Key) -> Tensor:
+def _values(x: Tensor) -> float | tuple[float, ...]:
+    return x.item() if x.dim() == 0 else tuple(x.tolist())
+
+
+def _row(position: Tensor, inputs: Inputs, known: Key) -> Tensor:
     """The row (1|H, 1) at one position."""
     place = int(position.item())
     start = place // BLOCK * BLOCK
@@ -135,10 +128,11 @@ def _row(position: Tensor, inputs: Any, known: Key) -> Tensor:
     return kept.rows[place - start]
 
 
-def _few_rows(positions: Tensor, inputs: Any, known: Key) -> Tensor | None:
+def _few_rows(positions: Tensor, inputs: Inputs, known: Key) -> Tensor | None:
     """The rows (B, 1|H, 1) at the positions (B, 1) of a few sequences; None where they are too far apart."""
-    check_position_values(positions)
     first, last = [int(x) for x in positions.aminmax()]
+    if first < 0:
+        check_position_values(positions)
     start, end = first // BLOCK * BLOCK, last // BLOCK * BLOCK + BLOCK
     if end - start > MAX_SPREAD:
         return None
@@ -147,34 +141,19 @@ def _few_rows(positions: Tensor, inputs: Any, known: Key) -> Tensor | None:
     return table.t().unsqueeze(-1)
 
 
-def _blocks(inputs: Any, known: Key, start: int, count: int) -> _Kept:
+def _blocks(inputs: Inputs, known: Key, start: int, count: int) -> _Kept:
     """The table of whole blocks of rows."""
-    gamma, sink, length, dtype = inputs
     with torch.inference_mode(False), torch.no_grad():
-        table = log_mass_table(gamma, torch.arange(start, start + count), None, sink, length, count, dtype)
+        table = log_mass_table(*inputs._replace(positions=torch.arange(start, start + count), cu_seqlens=None))
         kept = _Kept(None, None, table, table.split(1, dim=1) if count == BLOCK else ())
     _TABLES.add((*known, start, count), kept)
     return kept
 
 
-def _computed(
-    gamma: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sink: Tensor | None,
-    length: int,
-    num_queries: int,
-    dtype: torch.dtype,
-    heads: int,
-) -> Tensor:
-    if positions is not None:
-        check_position_values(positions)
-    return _heads_last(log_mass_table(gamma, positions, cu_seqlens, sink, length, num_queries, dtype), heads)
-
-
-def _with_sink(log_mass: Tensor, sink: Tensor) -> Tensor:
-    sink = sink.to(log_mass.dtype)
-    return log_add(log_mass, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
+def _computed(inputs: Inputs, heads: int) -> Tensor:
+    if inputs.positions is not None:
+        check_position_values(inputs.positions)
+    return _heads_last(log_mass_table(*inputs), heads)
 
 
 def _heads_last(table: Tensor, heads: int) -> Tensor:
@@ -195,24 +174,22 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     mutates_args={},
     device_types="cpu",
     schema="(Tensor gamma, Tensor? positions, Tensor? cu_seqlens, Tensor? sink, SymInt length, SymInt num_queries, "
-    "SymInt heads, ScalarType dtype) -> Tensor",
+    "ScalarType dtype, SymInt heads) -> Tensor",
 )
 def _table_op(*arguments: Any) -> Tensor:
     """cached_table() for compiled code, which would compute the logarithms anew in each call."""
-    gamma, positions, cu_seqlens, sink, length, num_queries, heads, dtype = arguments
-    inputs = (gamma, positions, cu_seqlens, sink, length, num_queries, dtype, heads)
+    inputs, heads = Inputs(*arguments[:-1]), arguments[-1]
     # A tracer that folds constants runs the op itself, while is_compiling() is true. In a compiled call the
     # result is a copy, since compiled code may write to what an op returns.
     if torch.compiler.is_compiling():
-        return _computed(*inputs)
-    table = _heads_last(cached_table(*inputs), heads)
+        return _computed(inputs, heads)
+    table = _heads_last(cached_table(inputs, heads), heads)
     return table.clone() if heads else table.clone(memory_format=torch.contiguous_format)
 
 
 @_table_op.register_fake
-def _(
-    gamma: Tensor, positions: Tensor | None, _: Any, sink: Tensor | None, length: int, num_queries: int, heads: int, dtype: Any
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    gamma, positions, _, sink, _, num_queries, dtype, heads = arguments
     rows = (num_queries,) if positions is None else positions.shape
     shape = (*rows[:-1], 1 if gamma.dim() == 0 else gamma.shape[0], rows[-1])
     if sink is not None:

@@ -82,9 +82,13 @@ def log_mass_table(
     precise = dtype if positions.device.type == "mps" else torch.float64
     log_m = closed_form(gamma.to(precise).reshape(-1, 1), _heads_beside_rows(positions), length)
     if sink is not None:
-        sink = sink.to(precise)
-        log_m = log_add(log_m, sink.reshape(-1, 1) if sink.dim() < 2 else sink)
+        log_m = log_add(log_m, sink_by_rows(sink, precise))
     return log_m.to(dtype)
+
+
+def sink_by_rows(sink: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sink as a table of log M is, (1|H, 1|S) or (1|B, 1|H, 1|S)."""
+    return (sink.reshape(-1, 1) if sink.dim() < 2 else sink).to(dtype)
 
 
 def largest_pseudo_score(gamma: Tensor, positions: Tensor, length: int) -> Tensor:

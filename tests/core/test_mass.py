@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import sm_flex
 from sm_flex import headwise_gamma, log_mass, stablemask
-from sm_flex.mass.cache import cached_table
+from sm_flex.mass.cache import Inputs, cached_table
 from sm_flex.mass.closed_form import log_mass_table
 
 GAMMAS = [0.0, 1e-8, 1e-4, 2.0**-8, 0.03, 0.3, 0.5, 0.7, 3.0, 1e4, -1e-5, -1e-3]
@@ -174,7 +174,7 @@ def test_a_stablemask_survives_pickling():
 
 
 def shared(gamma: Tensor, positions: Tensor | None, dtype: torch.dtype, length: int = 50) -> Tensor:
-    return cached_table(gamma, positions, None, None, length, 7, dtype)
+    return cached_table(Inputs(gamma, positions, None, None, length, 7, dtype))
 
 
 def test_a_shared_table_is_found_again_by_value_and_by_nothing_else() -> None:

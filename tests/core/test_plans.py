@@ -139,6 +139,9 @@ def wide(x: Tensor) -> Tensor:
         "positions must be >= 0": lambda q, k, v, g: scaled_dot_product_attention(
             q, k, v, score_mod=stablemask(g, length=40, positions=torch.tensor([-1]))
         ),
+        "positions must be >= 0, got -7": lambda q, k, v, g: scaled_dot_product_attention(
+            q, k, v, score_mod=stablemask(math.inf, length=40, sink=0.5, positions=torch.tensor([-7]))
+        ),
         "positions are required": lambda q, k, v, g: scaled_dot_product_attention(q, k, v, score_mod=stablemask(g, length=40)),
         "gamma must have one value": lambda q, k, v, g: scaled_dot_product_attention(
             q, k, v, score_mod=stablemask(g[:3], length=40, positions=torch.tensor([8]))
@@ -233,14 +236,17 @@ def test_the_host_enters_few_functions():
 
 
 def test_the_tables_stay_within_their_bounds(monkeypatch: pytest.MonkeyPatch):
+    def table_of(gamma: float) -> Tensor:
+        return cache.cached_table(cache.Inputs(torch.tensor(float(gamma)), None, None, None, 100, 300, torch.float32))
+
     tables = cache._Tables()
     monkeypatch.setattr(cache, "_TABLES", tables)
     monkeypatch.setattr(cache, "MAX_ELEMENTS", 4000)
     for gamma in range(40):
-        table = cache.cached_table(torch.tensor(float(gamma)), None, None, None, 100, 300, torch.float32)
+        table = table_of(gamma)
         assert tables.elements == sum(x.table.numel() for x in tables.by_key.values()) <= 4000
-        assert cache.cached_table(torch.tensor(float(gamma)), None, None, None, 100, 300, torch.float32) is table
+        assert table_of(gamma) is table
     assert len(tables.by_key) == 4000 // 300
     monkeypatch.setattr(cache, "MAX_TABLES", 5)
-    cache.cached_table(torch.tensor(0.5), None, None, None, 100, 300, torch.float32)
+    table_of(0.5)
     assert len(tables.by_key) == 5

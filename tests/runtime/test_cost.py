@@ -105,8 +105,8 @@ def test_opcheck_of_the_table(gamma: Tensor, positions: Tensor | None, sink: Ten
         for documents in (None, cu) if positions is None else (None,):
             inputs = (gamma, positions, documents, sink, 12, 9)
             for heads in (0, 4):
-                torch.library.opcheck(torch.ops.sm_flex.log_mass_table.default, (*inputs, heads, dtype))
-                found = torch.ops.sm_flex.log_mass_table(*inputs, heads, dtype)
+                torch.library.opcheck(torch.ops.sm_flex.log_mass_table.default, (*inputs, dtype, heads))
+                found = torch.ops.sm_flex.log_mass_table(*inputs, dtype, heads)
                 torch.testing.assert_close(found, log_mass_table(*inputs, dtype).expand(found.shape), rtol=1e-15, atol=0)
 
 
